@@ -1,0 +1,94 @@
+"""The factor pair of a layer, and running averages of it.
+
+Array convention, for every module of the package. A layer's weight has *in* axes, *out*
+axes and, where several independent layers lie stacked in one array, *stacked* axes. `h` and
+`mean` have the weight's rank with every out axis 1, `s` with every in axis 1, so that
+`h * s` is the diagonal of the Kronecker product, in the weight's own shape:
+
+| layer | weight | `h`, `mean` | `s` | `rows` |
+| --- | --- | --- | --- | --- |
+| `Dense(5)` on 3 features | (3, 5) | (3, 1) | (1, 5) | () |
+| the same in a scan of 4 | (4, 3, 5) | (4, 3, 1) | (4, 1, 5) | (4,) |
+| `DenseGeneral((2, 8))` | (3, 2, 8) | (3, 1, 1) | (1, 2, 8) | () |
+| `Conv(5, (3, 3))` on 6 channels | (3, 3, 6, 5) | (3, 3, 6, 1) | (1, 1, 1, 5) | () |
+| `Embed(9, 4)` | (9, 4) | (9, 1) | (1, 4) | () |
+| `LayerNorm` of 5 channels | (5,) | (2,) | (5,) | () |
+
+The bias slot of a layer's inputs is the constant 1 and is not stored.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+class Factor(NamedTuple):
+    """Diagonal Kronecker factors of one layer (DESIGN: `H = E[h̄²]`, `S = E[s²]`).
+
+    Attributes:
+      h: mean over rows of the squared inputs.
+      s: mean over rows of the squared output cotangents.
+      rows: the number of rows averaged; 0, with zero factors, where a layer took no part.
+      mean: mean over rows of the inputs.
+    """
+
+    h: jax.Array
+    s: jax.Array
+    rows: jax.Array
+    mean: jax.Array
+
+    def from_sums(self) -> "Factor":
+        """The means, where `self` holds sums over rows as a tapped backward pass returns them.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> Factor(jnp.array([8.0]), jnp.array([2.0]), jnp.array(4.0), jnp.array([4.0])).from_sums()
+          ... # doctest: +NORMALIZE_WHITESPACE
+          Factor(h=Array([2.], dtype=float32), s=Array([0.5], dtype=float32),
+                 rows=Array(4., dtype=float32), mean=Array([1.], dtype=float32))
+        """
+        n = jnp.maximum(self.rows, 1)
+        return Factor(self.h / n, self.s / n, self.rows, self.mean / n)
+
+
+def is_usable(factor: Factor, inner: tuple[int, ...]) -> jax.Array:
+    """Whether each block of a factor is finite and took part in the loss.
+
+    Args:
+      factor: statistics, with `rows` shaped to broadcast against them.
+      inner: the axes that lie within one block (neither stacked nor batched).
+
+    Returns:
+      A boolean shaped like `rows`.
+    """
+    finite = [
+        jnp.all(jnp.isfinite(leaf), axis=inner, keepdims=True)
+        for leaf in (factor.h, factor.s, factor.mean)
+    ]
+    return finite[0] & finite[1] & finite[2] & jnp.isfinite(factor.rows) & (factor.rows > 0)
+
+
+def minmax(
+    values: tuple[jax.Array, ...], inner: tuple[int, ...], epsilon: float = 0.0
+) -> tuple[jax.Array, ...]:
+    r"""Scales arrays jointly into [0, 1], eq. (4): :math:`(v - \min v)/(\max v - \min v)`.
+
+    Args:
+      values: arrays of one rank, read as one vector per block.
+      inner: the axes within one block.
+      epsilon: added to the denominator (1e-6 in the released code).
+
+    Returns:
+      Arrays of the same shapes; 0 for a constant vector.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scaled, slot = minmax((jnp.array([2.0, 5.0]), jnp.array([1.0])), (0,))
+      >>> scaled.tolist(), slot.tolist()
+      ([0.25, 1.0], [0.0])
+    """
+    low = functools.reduce(jnp.minimum, [jnp.min(v, inner, keepdims=True) for v in values])
+    high = functools.reduce(jnp.maximum, [jnp.max(v, inner, keepdims=True) for v in values])
+    spread = high - low + epsilon
+    return tuple(jnp.where(spread > 0, (v - low) / jnp.where(spread > 0, spread, 1), 0) for v in values)

@@ -1,0 +1,255 @@
+"""Which parameter belongs to which layer: static, hashable, and printed as a table."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adafisher_jax.factors import Factor
+
+Axes = tuple[str, ...]
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A pytree path as this package writes it.
+
+    Example:
+      >>> import jax
+      >>> [(keys, _)] = jax.tree_util.tree_leaves_with_path({"encoder": {"kernel": 1.0}})
+      >>> path_of(keys)
+      'encoder/kernel'
+    """
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter array.
+
+    Attributes:
+      path: in the loss's first argument.
+      shape: its shape, stacked axes included.
+      dtype: its type's name.
+      axes: what each axis is: `"in0"`, `"out0"`, `"batch0"` (independent maps within the
+        layer) or `"stack0"` (stacked by a lifted transform).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: Axes = ()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def _is_block(axis: str) -> bool:
+    return axis.startswith(("stack", "batch"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer under a Fisher block.
+
+    Attributes:
+      path: of the mapping or module that holds its parameters.
+      kind: dense, conv, conv_local, embedding, attend or norm.
+      weight: kernel, embedding or scale.
+      bias: or shift.
+      groups: feature groups of a convolution.
+    """
+
+    path: str
+    kind: str
+    weight: Leaf | None
+    bias: Leaf | None
+    groups: int = 1
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in (self.weight, self.bias) if leaf)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array whose rank and stacked axes the factors share."""
+        return self.leaves[0].shape
+
+    @property
+    def axes(self) -> Axes:
+        return self.leaves[0].axes
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The axes within one block."""
+        return tuple(i for i, axis in enumerate(self.axes) if not _is_block(axis))
+
+    @property
+    def ins(self) -> tuple[int, ...]:
+        """The axes of the inputs."""
+        return tuple(i for i, axis in enumerate(self.axes) if axis.startswith("in"))
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.shape[i] for i in self.ins)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """The shape of `rows`: one number for each stacked layer."""
+        return tuple(n for n, axis in self._sized if axis.startswith("stack"))
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """One number for each block, with the rank of the weight."""
+        return tuple(n if _is_block(axis) else 1 for n, axis in self._sized)
+
+    @property
+    def _sized(self) -> tuple[tuple[int, str], ...]:
+        return tuple(zip(self.shape, self.axes, strict=True))
+
+    def zeros(self) -> Factor:
+        """Zero factors, with `rows` of rank zero or one number for each stacked layer."""
+        s = tuple(1 if axis.startswith("in") else n for n, axis in self._sized)
+        if self.kind == "norm":  # a pair, for scale and shift, in place of the channels
+            h = tuple(n if _is_block(axis) else 1 for n, axis in self._sized)
+            h = tuple(2 if axis == "out0" else n for n, axis in zip(h, self.axes, strict=True))
+        else:
+            h = tuple(1 if axis.startswith("out") else n for n, axis in self._sized)
+        dtype = jnp.promote_types(self.leaves[0].dtype, jnp.float32)
+        make = functools.partial(jnp.zeros, dtype=dtype)
+        return Factor(make(h), make(s), make(self.rows_shape), make(h))
+
+    def to_bias(self, value: jax.Array) -> jax.Array:
+        """Turns an array like `s` (or a bias-shaped sum) from the weight's axes to the bias's."""
+        assert self.bias is not None
+        wanted = self.bias.axes
+        order = [self.axes.index(axis) for axis in wanted]
+        return jnp.squeeze(
+            value, [i for i in range(value.ndim) if i not in order]
+        ).transpose([sorted(order).index(i) for i in order])
+
+    def from_bias(self, value: jax.Array) -> jax.Array:
+        """Turns a bias-shaped array into one that broadcasts against the weight."""
+        assert self.bias is not None
+        mine = self.bias.axes
+        order = [mine.index(axis) for axis in self.axes if axis in mine]
+        shape = [value.shape[mine.index(a)] if a in mine else 1 for a in self.axes]
+        return value.transpose(order).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uncovered:
+    """A parameter without a Fisher block, and why."""
+
+    leaf: Leaf
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The layers met in a loss, and the parameters outside them.
+
+    Made by `adafisher_jax.trace_layout`. Holds no arrays, compares and hashes by value, so it
+    can be a static argument; two traces of one model are equal.
+
+    Attributes:
+      layers: those under a Fisher block, sorted by path.
+      uncovered: the other parameters.
+    """
+
+    layers: tuple[Layer, ...]
+    uncovered: tuple[Uncovered, ...] = ()
+
+    @property
+    def covered(self) -> float:
+        """The share of parameters, by count, under a Fisher block."""
+        inside = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
+        outside = sum(row.leaf.size for row in self.uncovered)
+        return inside / max(inside + outside, 1)
+
+    def check_params(self, leaves: Mapping[str, Any]) -> None:
+        """Checks arrays by path against the layers.
+
+        Raises:
+          ValueError: if none of the layers' parameters is there, or one has another shape.
+        """
+        known = [leaf for layer in self.layers for leaf in layer.leaves]
+        if known and not any(leaf.path in leaves for leaf in known):
+            raise ValueError(
+                "none of the layout's layers is in params: the layout has "
+                f"{_some(leaf.path for leaf in known)}, params has {_some(leaves)}"
+            )
+        for leaf in known:
+            if leaf.path in leaves and (got := jnp.shape(leaves[leaf.path])) != leaf.shape:
+                raise ValueError(
+                    f"the parameter {leaf.path!r} has shape {got}, the layout wants "
+                    f"{leaf.shape}: it was traced from another model"
+                )
+
+    def __str__(self) -> str:
+        rows = [("parameter", "layer", "in", "out", "stacked", "covered")]
+        found: list[tuple[str, tuple[str, ...]]] = []
+        for layer in self.layers:
+            for leaf in layer.leaves:
+                sizes = (_sizes(leaf, "in"), _sizes(leaf, "out"), _sizes(leaf, "stack", "batch"))
+                found.append((leaf.path, (leaf.path or "(root)", layer.kind, *sizes, "yes")))
+        for row in self.uncovered:
+            shape = "×".join(map(str, row.leaf.shape)) or "1"
+            found.append((row.leaf.path, (row.leaf.path, "-", "-", shape, "-", "no: " + row.reason)))
+        rows += [row for _, row in sorted(found)]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in rows
+        ]
+        total = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
+        total += sum(row.leaf.size for row in self.uncovered)
+        lines.insert(1, "  ".join("-" * w for w in [*widths, 7]))
+        lines.append(f"{self.covered:.1%} of {total:,} parameters under a Fisher block")
+        return "\n".join(lines)
+
+
+def check_factors(factors: Mapping[str, Factor], layers: tuple[Layer, ...]) -> None:
+    """Checks captured factors against the layers that need them.
+
+    Raises:
+      TypeError: if `factors` is not a mapping of `Factor`s.
+      ValueError: if a wanted layer is missing or has other shapes.
+    """
+    if not isinstance(factors, Mapping):
+        raise TypeError(
+            f"factors: got {type(factors).__name__}, wanted the dict that "
+            "adafisher_jax.value_and_grad returns"
+        )
+    for layer in layers:
+        if layer.path not in factors:
+            raise ValueError(
+                f"factors: the layer {layer.path!r} of the layout is missing, "
+                f"got {_some(factors)}"
+            )
+        found = factors[layer.path]
+        if not isinstance(found, Factor):
+            raise TypeError(
+                f"factors[{layer.path!r}]: got {type(found).__name__}, wanted a Factor"
+            )
+        zeros = jax.eval_shape(layer.zeros)
+        for name, want, got in zip(Factor._fields, zeros, found, strict=True):
+            if jnp.shape(got) != want.shape:
+                raise ValueError(
+                    f"factors[{layer.path!r}].{name} has shape {jnp.shape(got)}, the layout "
+                    f"wants {want.shape}: the factors are of another model or layout"
+                )
+
+
+def _sizes(leaf: Leaf, *roles: str) -> str:
+    sizes = [str(n) for n, a in zip(leaf.shape, leaf.axes, strict=True) if a.startswith(roles)]
+    return "×".join(sizes) or "-"
+
+
+def _some(paths: Any, most: int = 3) -> str:
+    paths = sorted(paths)
+    shown = ", ".join(map(repr, paths[:most])) or "nothing"
+    return shown + (f" and {len(paths) - most} more" if len(paths) > most else "")

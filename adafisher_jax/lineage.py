@@ -1,0 +1,272 @@
+"""Where does each layer's parameter come from?  Read off the traced program.
+
+A loss may hand a model its parameters as they are, cast, masked, partly
+frozen, out of a larger structure, or through `jax.jit` and `jax.checkpoint`;
+a lifted transform may slice them.  None of that can be told from names or
+array identities, but all of it is plain in the program JAX traces.  So the
+adapters leave *marks* in it, and `find_marks` follows the data:
+
+* `mark(outputs, parameters, label)` notes that a layer used `parameters`;
+* `mark_root(leaf, label)` notes the array a model's variables began as, which
+  then counts as a source of its own.
+
+An array's `Origin` is the source it came from and how it got here.  The marks
+are identities and exist only while a layout is traced, never in a computation
+that runs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad, batching
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The source an array came from, and what happened on the way.
+
+    Attributes:
+      source: the label of a root mark, or the position of a program input.
+      axes: for each axis of the array, the source's axis it is.
+      sliced: the source's axes that are gone, in the order they went: a scan
+        or a `vmap` hands out one slice at a time.
+      frozen: passed through `stop_gradient`.
+      cast: changed its type.
+      mixed: combined element by element with other arrays (a mask, noise).
+    """
+
+    source: Hashable
+    axes: tuple[int, ...]
+    sliced: tuple[int, ...] = ()
+    frozen: bool = False
+    cast: bool = False
+    mixed: bool = False
+
+    def drop(self, axis: int) -> "Origin":
+        """The origin of one slice along `axis`."""
+        kept = self.axes[:axis] + self.axes[axis + 1 :]
+        return dataclasses.replace(self, axes=kept, sliced=(*self.sliced, self.axes[axis]))
+
+    @property
+    def whole(self) -> bool:
+        """Every axis of the source is there, in its place."""
+        return not self.sliced and self.axes == tuple(sorted(self.axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """One mark met in a program.
+
+    Attributes:
+      label: what the adapter called it.
+      origins: of the marked arrays; `None` where no single source is behind one.
+      custom: inside a function with a derivative rule of its own.
+    """
+
+    label: Hashable
+    origins: tuple[Origin | None, ...]
+    custom: bool
+
+
+_mark_p = core.Primitive("adafisher_mark")
+_mark_p.multiple_results = True
+
+
+def mark(outputs: Sequence[Any], parameters: Sequence[Any], label: Hashable) -> list[Any]:
+    """Returns `outputs` unchanged, noting that they were computed with `parameters`."""
+    removed = ((),) * len(parameters)
+    return _mark_p.bind(*outputs, *parameters, label=label, removed=removed)
+
+
+def mark_root(leaf: Any, label: Hashable) -> Any:
+    """Returns `leaf` unchanged; from here on it is the source called `label`."""
+    (leaf,) = _mark_p.bind(leaf, label=label, removed=None)
+    return leaf
+
+
+# `removed` lists, for each observed parameter, the axes that enclosing `vmap`s
+# took away, innermost first; it is None for a root, which observes its output.
+
+
+def _outputs(operands: Sequence[Any], removed: Any) -> list[Any]:
+    return list(operands[: len(operands) - len(removed or ())])
+
+
+@_mark_p.def_impl
+def _mark_impl(*operands: Any, label: Hashable, removed: Any) -> list[Any]:
+    return _outputs(operands, removed)
+
+
+@_mark_p.def_abstract_eval
+def _mark_abstract_eval(*operands: Any, label: Hashable, removed: Any) -> list[Any]:
+    return _outputs(operands, removed)
+
+
+def _mark_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, label: Hashable, removed: Any
+) -> tuple[list[Any], list[Any]]:
+    return (
+        _mark_p.bind(*primals, label=label, removed=removed),
+        _outputs(tangents, removed),
+    )
+
+
+def _mark_batch(
+    operands: Sequence[Any], dims: Sequence[Any], *, label: Hashable, removed: Any
+) -> tuple[list[Any], list[Any]]:
+    if removed is None:  # a slice of a source is no root: the mark is dropped
+        return list(operands), list(dims)
+    n = len(operands) - len(removed)
+    removed = tuple(
+        axes if dim is None else (*axes, dim) for axes, dim in zip(removed, dims[n:], strict=True)
+    )
+    return _mark_p.bind(*operands, label=label, removed=removed), list(dims[:n])
+
+
+ad.primitive_jvps[_mark_p] = _mark_jvp
+batching.primitive_batchers[_mark_p] = _mark_batch
+
+
+def find_marks(fun: Callable[..., Any], *args: Any) -> list[Mark]:
+    """Traces `fun(*args)` and returns its marks, in program order.
+
+    Args:
+      fun: a traceable function; every leaf of `args` is an array or a
+        `jax.ShapeDtypeStruct`.
+      *args: its arguments. Leaf `i` of all of them is the source `i`.
+
+    A marked array inside a loop is reported once; a function that is traced
+    once and called twice is reported at each call.
+    """
+    closed = jax.make_jaxpr(fun)(*args)
+    sources: list[Origin | None] = [
+        Origin(i, tuple(range(var.aval.ndim))) for i, var in enumerate(closed.jaxpr.invars)
+    ]
+    marks: list[Mark] = []
+    _follow(closed.jaxpr, sources, marks, custom=False)
+    return marks
+
+
+_SAME = frozenset(
+    "convert_element_type stop_gradient copy copy_p reduce_precision sharding_constraint "
+    "optimization_barrier name pvary pcast mesh_cast reshard layout_constraint".split()
+)
+_ELEMENTWISE = frozenset("add sub mul div max min select_n clamp neg add_any".split())
+
+
+def _follow(
+    jaxpr: core.Jaxpr, arguments: Sequence[Origin | None], marks: list[Mark], custom: bool
+) -> list[Origin | None]:
+    """The origins of a program's outputs; appends the marks met on the way."""
+    origins: dict[core.Var, Origin | None] = dict(zip(jaxpr.invars, arguments, strict=True))
+
+    def origin(atom: Any) -> Origin | None:
+        return None if isinstance(atom, core.Literal) else origins.get(atom)
+
+    for eqn in jaxpr.eqns:
+        operands = [origin(atom) for atom in eqn.invars]
+        if eqn.primitive is _mark_p:
+            outputs = _follow_mark(eqn, operands, marks, custom)
+        elif eqn.primitive.name == "scan":
+            outputs = _follow_scan(eqn, operands, marks, custom)
+        elif eqn.primitive.name == "while":
+            outputs = _follow_while(eqn, operands, marks, custom)
+        elif bodies := list(_bodies(eqn)):
+            inside = custom or eqn.primitive.name.startswith("custom_")
+            skip = 1 if eqn.primitive.name == "cond" else 0
+            branches = [_follow(body, operands[skip:], marks, inside) for body in bodies]
+            outputs = [_common(branch) for branch in zip(*branches, strict=True)]
+        else:
+            outputs = _follow_array_op(eqn, operands)
+        origins.update(zip(eqn.outvars, outputs, strict=True))
+    return [origin(atom) for atom in jaxpr.outvars]
+
+
+def _common(origins: Sequence[Origin | None]) -> Origin | None:
+    return origins[0] if all(o == origins[0] for o in origins) else None
+
+
+def _bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The functions an equation calls with its own operands, in order."""
+    taken = len(eqn.invars) - (eqn.primitive.name == "cond")
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+        if _is_jaxpr(value):
+            body = getattr(value, "jaxpr", value)
+            if len(body.invars) == taken and len(body.outvars) == len(eqn.outvars):
+                yield body
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _follow_mark(
+    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], custom: bool
+) -> list[Origin | None]:
+    label, removed = eqn.params["label"], eqn.params["removed"]
+    if removed is None:
+        marks.append(Mark(label, tuple(operands), custom))
+        return [Origin(label, tuple(range(eqn.invars[0].aval.ndim)))]
+    n = len(operands) - len(removed)
+    seen = []
+    for found, axes in zip(operands[n:], removed, strict=True):
+        # The last `vmap` to remove an axis is the outermost: undo it first.
+        for axis in reversed(axes):
+            found = found and found.drop(axis)
+        seen.append(found)
+    marks.append(Mark(label, tuple(seen), custom))
+    return operands[:n]
+
+
+def _follow_scan(
+    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], custom: bool
+) -> list[Origin | None]:
+    body = eqn.params["jaxpr"].jaxpr
+    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    fixed = operands[:consts]
+    carry = operands[consts : consts + carries]
+    slices = [x and x.drop(0) for x in operands[consts + carries :]]
+    carry = _invariant(lambda c: _follow(body, [*fixed, *c, *slices], [], custom)[:carries], carry)
+    outputs = _follow(body, [*fixed, *carry, *slices], marks, custom)
+    return outputs[:carries] + [None] * (len(outputs) - carries)
+
+
+def _follow_while(
+    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], custom: bool
+) -> list[Origin | None]:
+    body = eqn.params["body_jaxpr"].jaxpr
+    skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    fixed, carry = operands[skip : skip + consts], operands[skip + consts :]
+    carry = _invariant(lambda c: _follow(body, [*fixed, *c], [], custom), carry)
+    return _follow(body, [*fixed, *carry], marks, custom)
+
+
+def _invariant(
+    step: Callable[[list[Origin | None]], list[Origin | None]], carry: list[Origin | None]
+) -> list[Origin | None]:
+    """The carried origins that a loop body hands on unchanged; the others are lost."""
+    while True:
+        after = step(carry)
+        kept = [old if old == new else None for old, new in zip(carry, after, strict=True)]
+        if kept == carry:
+            return carry
+        carry = kept
+
+
+def _follow_array_op(eqn: core.JaxprEqn, operands: list[Origin | None]) -> list[Origin | None]:
+    name = eqn.primitive.name
+    lost: list[Origin | None] = [None] * len(eqn.outvars)
+    if name in _SAME and len(operands) == len(eqn.outvars):
+        change = {"stop_gradient": {"frozen": True}, "convert_element_type": {"cast": True}}
+        return [x and dataclasses.replace(x, **change.get(name, {})) for x in operands]
+    if name == "transpose" and (x := operands[0]):
+        axes = tuple(x.axes[i] for i in eqn.params["permutation"])
+        return [dataclasses.replace(x, axes=axes)]
+    if name in _ELEMENTWISE:
+        found = {x for x in operands if x}
+        if len(found) == 1 and len(next(iter(found)).axes) == eqn.outvars[0].aval.ndim:
+            return [dataclasses.replace(found.pop(), mixed=True)]
+    return lost

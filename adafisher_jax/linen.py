@@ -1,0 +1,266 @@
+"""Flax Linen: finds the layers a loss calls, places their probes, and taps them.
+
+Linen gives a model its variables when a root scope is made. There, and not in the tree the
+loss sees, each covered layer gets its probe, as one more entry beside its weight; lifted
+transforms then slice, stack and broadcast it as they do the weight. A method interceptor puts
+the tap on the layer's output. Which parameters a root scope was given is read off the traced
+program (`adafisher_jax.lineage`), so the loss may cast, mask or freeze them first.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from flax.core import FrozenDict
+from flax.core.scope import Scope
+
+from adafisher_jax import capture
+from adafisher_jax.capture import Names, Place, Probes, Root, Use
+from adafisher_jax.layout import Layout
+from adafisher_jax.lineage import mark, mark_root
+from adafisher_jax.linen_layers import READERS, Reading
+from adafisher_jax.tap import tap
+
+
+def trace_layout(
+    loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
+) -> Layout:
+    """Finds the layers that `loss_fn(params, *args, **kwargs)` calls, without computing anything.
+
+    Args:
+      loss_fn: any traceable function that calls Flax Linen modules on (a part of) its first
+        argument.
+      params: parameters, a full variables dict, or a pytree holding several models'.
+      *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`; what is no array
+        (`train=True`) is passed on as it is.
+      **kwargs: likewise.
+
+    Returns:
+      A static, hashable `Layout`; print it to see what is covered.
+
+    Raises:
+      TypeError: for a leaf of `params` that is not floating-point.
+      ValueError: if no layer was met, or layers of two kinds share a parameter.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), jnp.ones((8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> print(trace_layout(loss_fn, params, x))
+      parameter        layer  in  out  stacked  covered
+      ---------------  -----  --  ---  -------  -------
+      layers_0/bias    dense  -   4    -        yes
+      layers_0/kernel  dense  3   4    -        yes
+      layers_2/bias    dense  -   2    -        yes
+      layers_2/kernel  dense  4   2    -        yes
+      100.0% of 26 parameters under a Fisher block
+    """
+    return _trace(loss_fn, params, *args, **kwargs).layout
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], layout: Layout, has_aux: bool = False
+) -> Callable[..., Any]:
+    """`jax.value_and_grad`, with the layers' factors from the same backward pass.
+
+    Args:
+      loss_fn: as in `trace_layout`; it returns a scalar, or `(scalar, aux)` with `has_aux`.
+      layout: from `trace_layout`.
+      has_aux: whether `loss_fn` returns auxiliary data.
+
+    Returns:
+      A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
+      `((loss, aux), grads, factors)`: the first two are those of `jax.value_and_grad`, the
+      third is a dict from layer path to `Factor`.
+
+    Raises:
+      ValueError: from the returned function, if the layout is another model's or no layer of it
+        was met.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(2), jnp.array([[1.0, 2.0, 3.0]])
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda params, x: jnp.sum(model.apply({"params": params}, x))
+      >>> layout = trace_layout(loss_fn, params, x)
+      >>> loss, grads, factors = value_and_grad(loss_fn, layout)(params, x)
+      >>> factors[""].h.ravel().tolist(), factors[""].s.ravel().tolist()
+      ([1.0, 4.0, 9.0], [1.0, 1.0])
+    """
+    return capture.value_and_grad(
+        functools.partial(_trace, loss_fn), functools.partial(_probed, loss_fn), layout, has_aux
+    )
+
+
+def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> capture.Trace:
+    def on_root(variables: dict[str, Any], index: int) -> None:
+        if "params" in variables:
+            variables["params"] = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf: mark_root(leaf, Root(index, _names(keys))), variables["params"]
+            )
+
+    def on_layer(root: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
+        names = [n if n in held else None for n in (found.weight, found.bias)]
+        parameters = [jax.tree.leaves(held[n])[0] for n in names if n]
+        statistic = found.statistic
+        use = Use(
+            root, found.kind, *names, path, statistic.weight_axes, statistic.bias_axes, found.groups
+        )
+        (y,) = mark([y], parameters, use)
+        return y
+
+    return capture.trace(_watched(loss_fn, on_root, on_layer), params, args, kwargs)
+
+
+def _probed(loss_fn: Callable[..., Any], probes: Probes) -> Callable[..., Any]:
+    def on_root(variables: dict[str, Any], index: int) -> None:
+        for place, probe in probes.items():
+            if place.root == index:
+                variables["params"] = _inserted(
+                    variables["params"], place.holder, _entry(place.kind), probe
+                )
+
+    def on_layer(root: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
+        if (entry := _entry(found.kind)) in held:
+            return tap(found.statistic, found.x, y, held[entry])
+        if Place(root, path, found.kind) in probes:
+            raise ValueError(
+                f"the probe of the layer {'/'.join(path)!r} did not reach it: its variables are "
+                "rebuilt on the way, so it cannot be captured"
+            )
+        return y
+
+    return _watched(loss_fn, on_root, on_layer)
+
+
+def _entry(kind: str) -> str:
+    """The name of a probe beside its weight; no parameter's, and one for each kind."""
+    return f"adafisher:{kind}"
+
+
+def _names(keys: tuple[Any, ...]) -> Names:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def _inserted(tree: Mapping[str, Any], path: Names, name: str, value: Any) -> Mapping[str, Any]:
+    """A copy of nested mappings with one more entry."""
+    if path:
+        value = _inserted(tree[path[0]], path[1:], name, value)
+        name = path[0]
+    return type(tree)({**tree, name: value})
+
+
+def _without_probes(tree: Any) -> Any:
+    if not isinstance(tree, dict | FrozenDict):
+        return tree
+    return type(tree)(
+        {k: _without_probes(v) for k, v in tree.items() if not k.startswith("adafisher:")}
+    )
+
+
+class _Watcher(NamedTuple):
+    """Who is told of the root scopes made and layers called while a loss runs."""
+
+    token: object
+    roots: list[Scope]
+    on_root: Callable[[dict[str, Any], int], None]
+    on_layer: Callable[[int, Names, Reading, Mapping[str, Any], Any], Any]
+
+    def root(self, scope: Scope) -> None:
+        # Lifted transforms make scopes without a parent too, and hand the flags on to them.
+        if scope.parent is None and self.token not in scope.flags:
+            index = len(self.roots)
+            self.roots.append(scope)
+            scope.flags = scope.flags.copy({self.token: index})
+            self.on_root(scope._variables, index)
+
+    def intercept(self, run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module, method = context.module, context.orig_method.func
+        if method not in READERS or module.scope is None or self.token not in module.scope.flags:
+            return run(*args, **kwargs)
+
+        def on_call(found: Reading, y: Any) -> Any:
+            scope = module.scope
+            held = scope._collection("params")
+            for name in found.inside:
+                held = held.get(name, {})
+            if not {found.weight, found.bias} & held.keys():
+                return y
+            path = (*scope.path, *found.inside)
+            return self.on_layer(scope.flags[self.token], path, found, held, y)
+
+        return READERS[method](module, run, args, kwargs, on_call)
+
+
+# A jitted function that has been traced before is traced again while a loss is watched, and
+# what is traced then is used nowhere else: this context is part of JAX's caches' keys.
+_context = jax.make_user_context(None)
+
+
+def _watched(
+    loss_fn: Callable[..., Any], on_root: Callable[..., None], on_layer: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The loss, telling of the root scopes made and the layers called in it."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        watcher = _Watcher(object(), [], on_root, on_layer)
+        with (
+            _hooks.watched_by(watcher),
+            nn.intercept_methods(watcher.intercept),
+            _context(watcher.token),
+        ):
+            return loss_fn(*args, **kwargs)
+
+    return watched
+
+
+class _ScopeHooks:
+    """Hooks on Flax's `Scope`, there while some thread watches a loss.
+
+    Linen offers interceptors for methods, but none for the making of a root scope, and a model
+    whose own class is lifted is intercepted only inside the lift.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._local = threading.local()
+        self._original = (Scope.__init__, Scope.variables, Scope.mutable_variables)
+
+    @contextlib.contextmanager
+    def watched_by(self, watcher: _Watcher) -> Iterator[None]:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._install()
+        outer = getattr(self._local, "watcher", None)
+        self._local.watcher = watcher
+        try:
+            yield
+        finally:
+            self._local.watcher = outer
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    Scope.__init__, Scope.variables, Scope.mutable_variables = self._original
+
+    def _install(self) -> None:
+        init, variables, mutable_variables = self._original
+
+        @functools.wraps(init)
+        def watched_init(scope: Scope, *args: Any, **kwargs: Any) -> None:
+            init(scope, *args, **kwargs)
+            if watcher := getattr(self._local, "watcher", None):
+                watcher.root(scope)
+
+        Scope.__init__ = watched_init
+        Scope.variables = lambda scope: _without_probes(variables(scope))
+        Scope.mutable_variables = lambda scope: _without_probes(mutable_variables(scope))
+
+
+_hooks = _ScopeHooks()

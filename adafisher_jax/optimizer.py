@@ -1,0 +1,278 @@
+"""AdaFisher as optax transformations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adafisher_jax.factors import Factor
+from adafisher_jax.layout import Layer, Layout, check_factors, path_of
+from adafisher_jax.rules import Curvature, Pair, Scale, make_rule
+
+
+class ScaleByAdaFisherState(NamedTuple):
+    """State of `scale_by_adafisher`; beyond `mu` nothing has a weight's size.
+
+    Attributes:
+      count: steps taken.
+      mu: running average of the gradients.
+      factors: running averages of each layer's `Factor`, by layer path. Those of a rule that
+        starts at zero are to be divided by the layer's slot.
+      slots: the bias slot of each layer's `h`, by layer path; it counts the refreshes.
+      scales: a mean square for each parameter, by its path, where the rule keeps one.
+    """
+
+    count: jax.Array
+    mu: Any
+    factors: dict[str, Factor]
+    slots: dict[str, jax.Array]
+    scales: dict[str, Scale]
+
+
+def scale_by_adafisher(
+    layout: Layout | None = None,
+    *,
+    rule: str = "paper",
+    b1: Any = 0.9,
+    curvature_ema: Any = None,
+    damping: Any = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Preconditions the gradients' momentum with diagonal Kronecker factors.
+
+    .. math::
+
+        m_t = \beta m_{t-1} + (1-\beta) g_t, \qquad d_t = F_t^{-1} \frac{m_t}{1-\beta^t}
+
+    with a diagonal `F` that the rule makes from running averages of each layer's factors
+    (Algorithm 1, arXiv:2405.16397): see `adafisher_jax.rules`. `update` takes the factors of
+    `adafisher_jax.value_and_grad` as a keyword; without them it keeps the averages it has.
+    Where there are none yet, and for parameters outside the layout, `F` is the identity
+    (`"paper"`, `"official"`) or the root mean square of the gradient (`"centered"`).
+
+    An entry of a gradient that is not finite leaves its momentum as it was, and statistics that
+    are not finite leave their layer's averages as they were.
+
+    Args:
+      layout: from `adafisher_jax.trace_layout`.
+      rule: `"paper"`, `"official"` or `"centered"`.
+      b1: decay β of the momentum.
+      curvature_ema: decay γ of the factors' averages; None for the rule's default.
+      damping: λ (or τ); None for the rule's default.
+      mu_dtype: type the momentum is stored in; None for the parameters' own.
+
+    Returns:
+      A transformation whose `update` takes `factors` as an extra argument.
+
+    Raises:
+      ValueError: for an unknown rule, a negative damping, and, from `init` and `update`, a
+        layout or factors whose shapes are another model's.
+      TypeError: from `init`, for a parameter that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_adafisher()
+      >>> params = {"w": jnp.ones(2)}
+      >>> updates, state = tx.update({"w": jnp.array([1.0, 2.0])}, tx.init(params))
+      >>> updates["w"].round(3).tolist()
+      [1.0, 2.0]
+    """
+    chosen = make_rule(rule, curvature_ema, damping)
+    layers = layout.layers if layout is not None else ()
+
+    def own_layers(leaves: dict[str, Any]) -> tuple[Layer, ...]:
+        """The layers with a parameter among `leaves`: masks may have taken the others."""
+        return tuple(x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
+
+    def init_fn(params: optax.Params) -> ScaleByAdaFisherState:
+        leaves, _ = _by_path(params)
+        for path, leaf in leaves.items():
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                raise TypeError(
+                    f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
+                    "floating-point array"
+                )
+        if layout is not None:
+            layout.check_params(leaves)
+        own = own_layers(leaves)
+        start = {layer.path: chosen.start(layer) for layer in own}
+        axes = {leaf.path: leaf.axes for layer in own for leaf in layer.leaves}
+        return ScaleByAdaFisherState(
+            count=jnp.zeros([], jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            factors={path: curvature.factor for path, curvature in start.items()},
+            slots={path: curvature.slot for path, curvature in start.items()},
+            scales={
+                path: scale
+                for path, leaf in leaves.items()
+                if (scale := chosen.start_scale(leaf, axes.get(path, ()))) is not None
+            },
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByAdaFisherState,
+        params: optax.Params | None = None,
+        *,
+        factors: dict[str, Factor] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAdaFisherState]:
+        del params, extra_args
+        grads, treedef = _by_path(updates)
+        if layout is not None:
+            layout.check_params(grads)
+        own = own_layers(grads)
+        curvatures = {
+            layer.path: Curvature(state.factors[layer.path], state.slots[layer.path])
+            for layer in own
+        }
+        if factors is not None:
+            check_factors(factors, own)
+            curvatures = {
+                layer.path: chosen.refresh(layer, curvatures[layer.path], factors[layer.path])
+                for layer in own
+            }
+
+        count = optax.safe_increment(state.count)
+        stored = dict(zip(grads, treedef.flatten_up_to(state.mu), strict=True))
+        mu = {path: _average(stored[path], g, b1) for path, g in grads.items()}
+        momentum = {path: m / (1 - jnp.asarray(b1, m.dtype) ** count) for path, m in mu.items()}
+
+        directions, scales = {}, {}
+        for layer in own:
+            paths = [leaf.path if leaf else None for leaf in (layer.weight, layer.bias)]
+            direction, scale = chosen.direction(
+                layer,
+                curvatures[layer.path],
+                *(Pair(*map(of.get, paths)) for of in (momentum, grads, state.scales)),
+            )
+            directions.update(zip(paths, direction, strict=True))
+            scales.update(zip(paths, scale, strict=True))
+        for path, g in grads.items():
+            if path not in directions:
+                directions[path], scales[path] = chosen.fallback(
+                    momentum[path], g, state.scales.get(path)
+                )
+
+        new_state = ScaleByAdaFisherState(
+            count=count,
+            mu=treedef.unflatten([mu[path].astype(m.dtype) for path, m in stored.items()]),
+            factors={path: curvature.factor for path, curvature in curvatures.items()},
+            slots={path: curvature.slot for path, curvature in curvatures.items()},
+            scales={path: scales[path] for path in state.scales},
+        )
+        return treedef.unflatten([directions[p].astype(g.dtype) for p, g in grads.items()]), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
+    """A tree's leaves by path, in order, and its structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    found = {path_of(keys): leaf for keys, leaf in leaves}
+    if len(found) < len(leaves):
+        raise ValueError("two parameters have the same path: a key contains '/'")
+    return found, treedef
+
+
+def _average(mu: jax.Array, grad: jax.Array, b1: Any) -> jax.Array:
+    """The momentum after `grad`, in at least float32; as it was where that is not finite."""
+    dtype = jnp.promote_types(jnp.promote_types(mu.dtype, grad.dtype), jnp.float32)
+    mu, grad = mu.astype(dtype), grad.astype(dtype)
+    return jnp.where(jnp.isfinite(grad), b1 * mu + (1 - b1) * grad, mu)
+
+
+def adafisher(
+    learning_rate: optax.ScalarOrSchedule,
+    layout: Layout | None = None,
+    *,
+    rule: str = "paper",
+    b1: Any = 0.9,
+    curvature_ema: Any = None,
+    damping: Any = None,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaFisher with coupled weight decay (Algorithm 1, arXiv:2405.16397).
+
+    .. math:: \theta_t = \theta_{t-1} - \alpha\, d_t, \qquad g_t = \nabla L(\theta) + \kappa \theta
+
+    with `d` from `scale_by_adafisher`, which documents the other arguments and errors.
+
+    Args:
+      learning_rate: α, a number or a schedule. The paper's is 1e-3.
+      weight_decay: κ, added to the gradient.
+      mask: the parameters that decay, as in `optax.add_decayed_weights`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> model, x, y = nn.Dense(1), jnp.ones((8, 3)), jnp.ones((8, 1))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> loss_fn = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2)
+      >>> layout = trace_layout(loss_fn, params, x, y)
+      >>> tx, grad_fn = adafisher(1e-3, layout), value_and_grad(loss_fn, layout)
+      >>> loss, grads, factors = grad_fn(params, x, y)
+      >>> updates, state = tx.update(grads, tx.init(params), params, factors=factors)
+      >>> params = optax.apply_updates(params, updates)
+    """
+    return optax.chain(
+        _decay(weight_decay, mask),
+        scale_by_adafisher(
+            layout,
+            rule=rule,
+            b1=b1,
+            curvature_ema=curvature_ema,
+            damping=damping,
+            mu_dtype=mu_dtype,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adafisherw(
+    learning_rate: optax.ScalarOrSchedule,
+    layout: Layout | None = None,
+    *,
+    rule: str = "paper",
+    b1: Any = 0.9,
+    curvature_ema: Any = None,
+    damping: Any = None,
+    weight_decay: Any = 1e-2,
+    mask: Any = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaFisherW: `adafisher` with decoupled weight decay.
+
+    .. math:: \theta_t = \theta_{t-1} - \alpha\,(d_t + \kappa \theta_{t-1})
+
+    Arguments and errors are those of `adafisher`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = adafisherw(0.1, weight_decay=0.5)
+      >>> params = jnp.array([2.0])
+      >>> updates, _ = tx.update(jnp.array([0.0]), tx.init(params), params)
+      >>> updates.round(3).tolist()
+      [-0.1]
+    """
+    return optax.chain(
+        scale_by_adafisher(
+            layout,
+            rule=rule,
+            b1=b1,
+            curvature_ema=curvature_ema,
+            damping=damping,
+            mu_dtype=mu_dtype,
+        ),
+        _decay(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """Weight decay; nothing, which then needs no `params`, where it is the number zero."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)

@@ -1,0 +1,283 @@
+"""How averaged factors become a preconditioner: one small object for each rule.
+
+A rule sees one layer at a time: its `Curvature` (averaged factors, and the bias slot of `h`
+beside them) and its weight and bias as a `Pair`. Stacked layers are treated each for itself.
+Nothing here knows about optax, Flax or where the factors come from.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adafisher_jax.factors import Factor, minmax
+from adafisher_jax.layout import Axes, Layer
+
+
+class Curvature(NamedTuple):
+    """What is stored of one layer.
+
+    Attributes:
+      factor: running averages of its statistics.
+      slot: the bias slot of `h`, one number for each block: the running average of a constant.
+        Averages that start at zero are bias-corrected by it.
+    """
+
+    factor: Factor
+    slot: jax.Array
+
+
+class Pair(NamedTuple):
+    """The weight's and the bias's share of something; None where there is none."""
+
+    weight: Any
+    bias: Any
+
+
+class Scale(NamedTuple):
+    """A running mean square, one for each stacked layer, and the weight that corrects it."""
+
+    square: jax.Array
+    weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The identity, with averages that start at zero; what every rule builds on.
+
+    Attributes:
+      ema: the averages' decay γ.
+      damping: λ, or the relative damping τ.
+    """
+
+    ema: Any
+    damping: Any
+
+    def start(self, layer: Layer) -> Curvature:
+        """The averages before the first refresh."""
+        zeros = layer.zeros()
+        return Curvature(zeros, jnp.zeros(layer.slot_shape, zeros.h.dtype))
+
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
+        """The averages after new statistics; unchanged where those are unusable."""
+        new = Curvature(fresh, jnp.ones_like(old.slot))
+        return _blend(old, new, _usable(layer, fresh), self.ema, 1 - self.ema)
+
+    def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
+        """The scalars kept for one parameter, if any."""
+        return None
+
+    def direction(
+        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+    ) -> tuple[Pair, Pair]:
+        """The preconditioned momentum, and each parameter's `Scale` after this step."""
+        return momentum, scales
+
+    def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
+        """The same for one parameter outside every layer."""
+        return momentum, scale
+
+
+def _usable(layer: Layer, fresh: Factor) -> jax.Array:
+    """Whether each stacked layer's statistics are finite and of at least one row."""
+    within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
+    usable = (fresh.rows > 0) & jnp.isfinite(fresh.rows)
+    usable = usable.reshape([1 if i in within else n for i, n in enumerate(layer.shape)])
+    for leaf in (fresh.h, fresh.s, fresh.mean):
+        usable &= jnp.all(jnp.isfinite(leaf), axis=within, keepdims=True)
+    return usable
+
+
+def _blend(old: Curvature, new: Curvature, usable: jax.Array, keep: Any, add: Any) -> Curvature:
+    """`keep * old + add * new`, and `old` for the stacked layers that are not usable."""
+
+    def average(before: jax.Array, after: jax.Array) -> jax.Array:
+        where = usable if before.ndim == usable.ndim else usable.reshape(before.shape)
+        return jnp.where(where, keep * before + add * after.astype(before.dtype), before)
+
+    return jax.tree.map(average, old, new)
+
+
+def _minmax(
+    layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, epsilon: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`h` and its bias slot scaled as one vector and `s` as another, block by block."""
+    if layer.bias is None or layer.kind == "norm":  # there is no slot, or `h` has it inside
+        (h,) = minmax((h,), layer.inner, epsilon)
+    else:
+        h, slot = minmax((h, slot), layer.inner, epsilon)
+    (s,) = minmax((s,), layer.inner, epsilon)
+    return h, slot, s
+
+
+def _divide(
+    layer: Layer, momentum: Pair, h: jax.Array, slot: jax.Array, s: jax.Array, damping: jax.Array
+) -> Pair:
+    """Algorithm 1: `m̂ / (h ⊗ s + λ)`, and the bias by its slot of `h`."""
+    if layer.kind == "norm":  # `h` is the pair of the scale and the shift
+        h, slot = jnp.split(h, 2, layer.axes.index("out0"))
+    weight, bias = momentum
+    if weight is not None:
+        weight = weight / (h * s + damping)
+    if bias is not None:
+        bias = bias / layer.to_bias(slot * s + damping)
+    return Pair(weight, bias)
+
+
+class Paper(Rule):
+    r"""AdaFisher as printed: eqs. (3)-(4) and Algorithm 1 of arXiv:2405.16397.
+
+    .. math::
+
+        H_t = \gamma H_{t-1} + (1-\gamma) H, \qquad
+        \tilde F = \mathrm{minmax}(H_t) \otimes \mathrm{minmax}(S_t) + \lambda, \qquad
+        d = \hat m / \tilde F
+
+    Min-max is indifferent to a vector's scale, and the bias slot carries the same weight as
+    the rest of `H`, so averages that start at zero need no further correction.
+    """
+
+    def direction(
+        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+    ) -> tuple[Pair, Pair]:
+        (h, s, _, _), slot = curvature
+        damping = jnp.where(slot > 0, self.damping, 1)
+        return _divide(layer, momentum, *_minmax(layer, h, slot, s), damping), scales
+
+
+class Official(Rule):
+    r"""The released code's arithmetic: min-max first, then an average of weights γ/10 and γ/100.
+
+    .. math::
+
+        H_t = \tfrac{\gamma}{10} H_{t-1} + \tfrac{\gamma}{100}\, \mathrm{minmax}_{10^{-6}}(H),
+        \qquad H_{-1} = 1, \qquad \tilde F = H_t \otimes S_t + \lambda
+
+    A convolution's statistics are summed over groups and divided by its patch length. Unlike
+    in the released code every layer is stepped with its own factors.
+    """
+
+    def start(self, layer: Layer) -> Curvature:
+        factor, slot = super().start(layer)
+        factor = factor._replace(h=jnp.ones_like(factor.h), s=jnp.ones_like(factor.s))
+        return Curvature(factor, jnp.ones_like(slot))
+
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
+        unit = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
+        h, slot, s = _minmax(layer, fresh.h * unit, jnp.full_like(old.slot, unit), fresh.s, 1e-6)
+        new = Curvature(fresh._replace(h=h, s=s), slot)
+        return _blend(old, new, _usable(layer, fresh), 0.1 * self.ema, 0.01 * self.ema)
+
+    def direction(
+        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+    ) -> tuple[Pair, Pair]:
+        (h, s, _, _), slot = curvature
+        refreshed = slot < 1  # the first refresh takes it far below where it starts
+        damping = jnp.where(refreshed, self.damping, 1)
+        return _divide(layer, momentum, h, slot, jnp.where(refreshed, s, 0), damping), scales
+
+
+class Centered(Rule):
+    r"""The square root of the factors, in coordinates that center the inputs.
+
+    A layer with a bias is the same map as :math:`y = W^T (\bar h - \mu) + b'`. In these
+    coordinates the weight and the bias no longer share a direction. With
+    :math:`r(x) = x / \mathrm{mean}(x)`,
+
+    .. math::
+
+        M_w &= \hat m_w - \mu \hat m_b^T, \qquad
+        \hat H = r(E[h^2] - \mu^2), \qquad \hat S = r(S) \\
+        d_w &= M_w / \big((\hat H + \tau)^{1/2} \otimes (\hat S + \tau)^{1/2}\, g_{rms}\big) \\
+        d_b &= \hat m_b / \big((\hat S + \tau)^{1/2}\, g_{rms,b}\big) - \mu^T d_w
+
+    where :math:`g_{rms}^2` is the running mean square of the centered gradient, one number for
+    each parameter (and stacked layer). The loss's scale drops out. Without a bias
+    :math:`\mu = 0`; a normalization layer has :math:`\hat H = 1`.
+    """
+
+    b2 = 0.99
+
+    def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
+        shape = [n for n, axis in zip(leaf.shape, axes, strict=False) if axis.startswith("stack")]
+        zero = jnp.zeros(shape, jnp.promote_types(leaf.dtype, jnp.float32))
+        return Scale(zero, zero)
+
+    def direction(
+        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+    ) -> tuple[Pair, Pair]:
+        (h, s, _, mean), slot = curvature
+        refreshed = slot > 0
+        weight = jnp.where(refreshed, slot, 1)
+        h, s, mean = h / weight, s / weight, mean / weight
+        root_s = jnp.where(refreshed, self._root(layer, s), 1)
+        root_h = jnp.ones_like(root_s)
+        centers = layer.kind != "norm" and momentum.weight is not None and momentum.bias is not None
+        if centers:
+            h = jnp.maximum(h - jnp.square(mean), 0)
+            momentum, grads = (
+                pair._replace(weight=pair.weight - mean * layer.from_bias(pair.bias))
+                for pair in (momentum, grads)
+            )
+        if layer.kind != "norm":
+            root_h = jnp.where(refreshed, self._root(layer, h), 1)
+
+        d_w, d_b = momentum
+        scale_w, scale_b = scales
+        if d_w is not None:
+            d_w, scale_w = self.fallback(d_w, grads.weight, scale_w, layer.weight.axes)
+            d_w = d_w / (root_h * root_s)
+        if d_b is not None:
+            d_b, scale_b = self.fallback(d_b, grads.bias, scale_b, layer.bias.axes)
+            d_b = d_b / layer.to_bias(root_s)
+            if centers:
+                d_b = d_b - layer.to_bias(jnp.sum(mean * d_w, layer.ins, keepdims=True))
+        return Pair(d_w, d_b), Pair(scale_w, scale_b)
+
+    def _root(self, layer: Layer, values: jax.Array) -> jax.Array:
+        """The damped root of values relative to their block's average."""
+        average = jnp.mean(values, layer.inner, keepdims=True)
+        relative = jnp.where(average > 0, values / jnp.where(average > 0, average, 1), 1)
+        return jnp.sqrt(relative + self.damping)
+
+    def fallback(self, momentum: Any, grad: Any, scale: Any, axes: Axes = ()) -> tuple[Any, Any]:
+        """The momentum over the root mean square of the gradient, per stacked layer."""
+        stacked = [i for i, axis in enumerate(axes) if axis.startswith("stack")]
+        others = tuple(i for i in range(grad.ndim) if i not in stacked)
+        square = jnp.mean(jnp.square(grad.astype(scale.square.dtype)), others)
+        good = jnp.isfinite(square)
+        scale = jax.tree.map(
+            lambda old, new: jnp.where(good, self.b2 * old + (1 - self.b2) * new, old),
+            scale,
+            Scale(square, jnp.ones_like(square)),
+        )
+        rms = jnp.sqrt(scale.square / jnp.where(scale.weight > 0, scale.weight, 1))
+        inverse = jnp.where(rms > 0, 1 / jnp.where(rms > 0, rms, 1), 0)
+        return momentum * jnp.expand_dims(inverse, others), scale
+
+
+_RULES = {"paper": (Paper, 0.8, 1e-3), "official": (Official, 0.8, 1e-3), "centered": (Centered, 0.95, 0.01)}
+
+
+def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
+    """The rule called `name`; None stands for its own default.
+
+    Raises:
+      ValueError: for an unknown name, an averaging constant outside [0, 1) or a negative
+        damping. Traced values are not checked.
+    """
+    if name not in _RULES:
+        raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, _RULES))}")
+    rule, default_ema, default_damping = _RULES[name]
+    ema = default_ema if ema is None else ema
+    damping = default_damping if damping is None else damping
+    if _is_known(ema) and not 0 <= ema < 1:
+        raise ValueError(f"curvature_ema: got {ema}, wanted a number in [0, 1)")
+    if _is_known(damping) and not damping >= 0:
+        raise ValueError(f"damping: got {damping}, wanted a number of at least 0")
+    return rule(ema, damping)
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer)

@@ -1,0 +1,363 @@
+"""What each layer kind contributes to its factors: sums over rows of `h̄²`, `h̄` and `s²`.
+
+A row is one example, and one position for sequences and convolutions. Every statistic names
+the axes of its weight and bias (`"in0"`, `"out0"`, and `"batch0"` where the layer holds several
+independent maps); the convention is that of `adafisher_jax.factors`. Sums are accumulated in
+at least float32. A convolution's patches are never built.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Axes = tuple[str, ...]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _sum_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    return jnp.sum(jnp.square(_wide(x)), axis=tuple(axes))
+
+
+def _numbered(roles: Sequence[str]) -> Axes:
+    """Numbers the axes of each role: in, in, out → in0, in1, out0."""
+    return tuple(f"{role}{list(roles[:i]).count(role)}" for i, role in enumerate(roles))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A linear map written as `einsum(x, weight) -> y`, with one letter per axis.
+
+    A letter of the weight is an *out* axis where `y` has it too and `x` has not, a *batch*
+    axis where all three have it, else an *in* axis. The other letters of `y` are rows; those of
+    `x` alone are summed away before the map.
+    """
+
+    x: str
+    weight: str
+    y: str
+
+    def _role(self, letter: str) -> str:
+        if letter not in self.y:
+            return "in"
+        return "batch" if letter in self.x else "out"
+
+    @property
+    def weight_axes(self) -> Axes:
+        return _numbered([self._role(letter) for letter in self.weight])
+
+    @property
+    def bias_axes(self) -> Axes:
+        named = dict(zip(self.weight, self.weight_axes, strict=True))
+        return tuple(named[letter] for letter in self.y if letter in named)
+
+    def _like_weight(self, value: jax.Array, letters: str) -> jax.Array:
+        order = [letters.index(c) for c in self.weight if c in letters]
+        sizes = [value.shape[letters.index(c)] if c in letters else 1 for c in self.weight]
+        return value.transpose(order).reshape(sizes)
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        alone = [i for i, c in enumerate(self.x) if c not in self.weight + self.y]
+        letters = "".join(c for i, c in enumerate(self.x) if i not in alone)
+        x = jnp.sum(_wide(x), axis=tuple(alone)) if alone else x
+        rows = tuple(i for i, c in enumerate(letters) if c not in self.weight)
+        kept = "".join(c for c in letters if c in self.weight)
+        return (
+            self._like_weight(_sum_squares(x, rows), kept),
+            self._like_weight(jnp.sum(_wide(x), axis=rows), kept),
+        )
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        rows = [i for i, c in enumerate(self.y) if c not in self.weight]
+        return self._like_weight(_sum_squares(g, rows), "".join(c for c in self.y if c in self.weight))
+
+    def rows(self, y: jax.Array) -> int:
+        return math.prod(n for n, c in zip(y.shape, self.y, strict=True) if c not in self.weight)
+
+
+def einsum(equation: str) -> Contraction:
+    """The statistic of a layer `y = einsum(equation, x, weight)` (plus a bias).
+
+    Args:
+      equation: explicit, without ellipsis and without a letter twice in one operand.
+
+    Raises:
+      ValueError: if the equation is not of that form.
+
+    Example:
+      >>> einsum("bti,io->bto").weight_axes
+      ('in0', 'out0')
+      >>> einsum("bhi,hio->bho").weight_axes
+      ('batch0', 'in0', 'out0')
+    """
+    operands, _, y = equation.replace(" ", "").partition("->")
+    x, _, weight = operands.partition(",")
+    letters = x + weight + y
+    if not letters.isalpha() or any(len(set(part)) < len(part) for part in (x, weight, y)):
+        raise ValueError(
+            f"expected an einsum equation 'x,weight->y' of distinct letters, got {equation!r}"
+        )
+    return Contraction(x, weight, y)
+
+
+def dense(ndim: int, axis: Sequence[int] = (-1,), batch: int = 0, features: int = 1) -> Contraction:
+    """A contraction of some axes of an input of rank `ndim` with a `DenseGeneral` kernel.
+
+    Args:
+      ndim: the input's rank.
+      axis: the axes summed over, in the kernel's order.
+      batch: how many leading axes the input, kernel and output share.
+      features: how many axes the output gains.
+
+    Example:
+      >>> dense(3)
+      Contraction(x='abc', weight='cd', y='abd')
+    """
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    x, out = letters[:ndim], letters[ndim : ndim + features]
+    summed = "".join(x[a] for a in axis)
+    y = "".join(c for c in x if c not in summed) + out
+    return Contraction(x, x[:batch] + summed + out, y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """How a convolution's kernel moves along one spatial axis.
+
+    Attributes:
+      size: of the kernel.
+      inputs: positions of the input.
+      outputs: positions of the output.
+      stride: input positions per output position.
+      low: zeros before the dilated input.
+      input_dilation: spacing of the input's positions.
+      kernel_dilation: spacing of the kernel's positions.
+      margin: positions added on both sides before dilation, filled as `mode` says.
+      mode: a `numpy.pad` mode; `"constant"` is zero.
+      flip: the kernel is applied back to front.
+    """
+
+    size: int
+    inputs: int
+    outputs: int
+    stride: int = 1
+    low: int = 0
+    input_dilation: int = 1
+    kernel_dilation: int = 1
+    margin: tuple[int, int] = (0, 0)
+    mode: str = "constant"
+    flip: bool = False
+
+    def reads(self) -> np.ndarray:
+        """The input position each (kernel position, output position) reads; -1 for padding."""
+        fill = {"constant_values": -1} if self.mode == "constant" else {}
+        source = np.pad(np.arange(self.inputs), self.margin, mode=self.mode, **fill)  # type: ignore[call-overload]
+        dilated = np.full((len(source) - 1) * self.input_dilation + 1, -1)
+        dilated[:: self.input_dilation] = source
+        offset = np.arange(self.size)[:, None] * self.kernel_dilation
+        place = offset + np.arange(self.outputs)[None, :] * self.stride - self.low
+        inside = (place >= 0) & (place < len(dilated))
+        found = np.where(inside, dilated[np.where(inside, place, 0)], -1)
+        return found[::-1] if self.flip else found
+
+    def counts(self) -> np.ndarray:
+        """How often each kernel position reads each input position, (size, inputs)."""
+        found = self.reads()
+        return np.stack([np.bincount(row[row >= 0], minlength=self.inputs) for row in found])
+
+
+@dataclasses.dataclass(frozen=True)
+class WrappedWindow:
+    """Along a circular transposed convolution, each kernel position reads each input once."""
+
+    size: int
+    inputs: int
+
+    def counts(self) -> np.ndarray:
+        return np.ones((self.size, self.inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    r"""A convolution of any rank, stride, dilation, padding and group count, channels last.
+
+    With `A` counting how often kernel position `i` reads input position `p` on one axis,
+
+    .. math:: \sum_n \bar h_{n,ijc}^2 = \sum_{p,q} A_{ip} A_{jq} \sum_b x_{bpqc}^2
+
+    so that only a batch sum of the input is ever made, never its patches.
+
+    Attributes:
+      windows: one for each spatial axis.
+      groups: feature groups. They share one kernel slice: `h` and `mean` average over them.
+      transposed: the kernel's last two axes are (out, in).
+    """
+
+    windows: tuple[Window | WrappedWindow, ...]
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def weight_axes(self) -> Axes:
+        channels = ["out", "in"] if self.transposed else ["in", "out"]
+        return _numbered(["in"] * len(self.windows) + channels)
+
+    @property
+    def bias_axes(self) -> Axes:
+        return ("out0",)
+
+    def _gather(self, total: jax.Array) -> jax.Array:
+        *space, channels = total.shape
+        total = jnp.sum(total.reshape(*space, self.groups, channels // self.groups), axis=-2)
+        total = total / self.groups
+        for axis, window in enumerate(self.windows):
+            counts = jnp.asarray(window.counts(), total.dtype)
+            moved = jnp.tensordot(counts, total, ((1,), (axis,)), precision=jax.lax.Precision.HIGHEST)
+            total = jnp.moveaxis(moved, 0, axis)
+        return jnp.expand_dims(total, -2 if self.transposed else -1)
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch = tuple(range(x.ndim - len(self.windows) - 1))
+        return (
+            self._gather(_sum_squares(x, batch)),
+            self._gather(jnp.sum(_wide(x), axis=batch)),
+        )
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        s = _sum_squares(g, range(g.ndim - 1))
+        end = (s.size, 1) if self.transposed else (1, s.size)
+        return s.reshape((1,) * len(self.windows) + end)
+
+    def rows(self, y: jax.Array) -> int:
+        return math.prod(y.shape[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConvolution:
+    """A convolution with a kernel of its own at every output position.
+
+    The kernel is (*positions, channels × window, features), the window's last axis fastest;
+    each position is a block with the batch as its rows.
+    """
+
+    windows: tuple[Window, ...]
+
+    @property
+    def weight_axes(self) -> Axes:
+        return _numbered(["batch"] * len(self.windows) + ["in", "out"])
+
+    @property
+    def bias_axes(self) -> Axes:
+        return _numbered(["batch"] * len(self.windows) + ["out"])
+
+    def _gather(self, total: jax.Array) -> jax.Array:
+        rank = len(self.windows)
+        for axis, window in enumerate(self.windows):
+            # Axes so far: (size, outputs) per axis gathered, then what is left.
+            found = window.reads()
+            part = jnp.take(total, np.maximum(found, 0), axis=2 * axis)
+            shape = [1] * part.ndim
+            shape[2 * axis : 2 * axis + 2] = found.shape
+            total = part * jnp.asarray(found >= 0, part.dtype).reshape(shape)
+        order = [*range(1, 2 * rank, 2), 2 * rank, *range(0, 2 * rank, 2)]
+        return total.transpose(order).reshape(*(w.outputs for w in self.windows), -1, 1)
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch = tuple(range(x.ndim - len(self.windows) - 1))
+        return (
+            self._gather(_sum_squares(x, batch)),
+            self._gather(jnp.sum(_wide(x), axis=batch)),
+        )
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        s = _sum_squares(g, range(g.ndim - len(self.windows) - 1))
+        return jnp.expand_dims(s, -2)
+
+    def rows(self, y: jax.Array) -> int:
+        return math.prod(y.shape[: y.ndim - len(self.windows) - 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """An embedding: its inputs are one-hot, so `h` counts tokens. A row is one lookup."""
+
+    size: int
+
+    @property
+    def weight_axes(self) -> Axes:
+        return ("in0", "out0")
+
+    @property
+    def bias_axes(self) -> Axes:
+        return ()
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        index = jnp.ravel(x) if self.size > 1 else jnp.zeros(x.size, jnp.int32)
+        counts = jnp.zeros((self.size, 1), jnp.float32).at[index].add(1)
+        return counts, counts
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        return _sum_squares(g, range(g.ndim - 1))[None, :]
+
+    def rows(self, y: jax.Array) -> int:
+        return math.prod(y.shape[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    r"""The released code's statistics of a normalization layer, from its un-normalised input.
+
+    `h` is a pair, for the scale and the shift; `s` has one entry for each channel. With batch
+    size `B`, and the kept axes `k` of the input, `n` the number of the other positions,
+
+    .. math:: v_k = \frac{1}{n^2} \sum x, \quad
+              h = \Big(\frac{1}{B^2} \sum_k v_k^2,\ \frac{K}{B^2}\Big), \quad
+              s_c = \frac{1}{B} \Big(\sum g_c\Big)^2
+
+    A batch norm keeps the channels, a layer norm keeps axis 1, as released. Unlike the other
+    statistics these are no sums over rows; they are weighted by the row count, so that
+    dividing by it returns them and several uses are averaged.
+
+    Attributes:
+      channels: the axes of the scale and shift.
+      keeps_tokens: whether `h` keeps axis 1 rather than the channels.
+    """
+
+    channels: tuple[int, ...]
+    keeps_tokens: bool
+
+    @property
+    def weight_axes(self) -> Axes:
+        return _numbered(["out"] * len(self.channels))
+
+    @property
+    def bias_axes(self) -> Axes:
+        return self.weight_axes
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weight, shape, channels = self.rows(x), x.shape, self.channels
+        if x.ndim == len(channels):  # one example, without its batch axis
+            shape, channels = (1, *shape), tuple(c + 1 for c in channels)
+        x = _wide(x).reshape(shape)
+        keep = (1,) if self.keeps_tokens else channels
+        others = tuple(i for i in range(x.ndim) if i not in keep)
+        n = math.prod(shape[i] for i in others if i > 0)
+        batch = 1 if 0 in keep else shape[0]
+        v = jnp.sum(x, axis=others) / n**2
+        pair = jnp.stack([jnp.sum(jnp.square(v)), jnp.asarray(v.size, v.dtype)]) / batch**2
+        pair = (weight * pair).reshape((2,) + (1,) * (len(channels) - 1))
+        return pair, jnp.zeros_like(pair)
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        others = tuple(i for i in range(g.ndim) if i not in self.channels)
+        batch = g.shape[0] if others and others[0] == 0 else 1
+        return self.rows(g) * jnp.square(jnp.sum(_wide(g), axis=others)) / batch
+
+    def rows(self, y: jax.Array) -> int:
+        return math.prod(n for i, n in enumerate(y.shape) if i not in self.channels)

@@ -1,74 +1,16 @@
-"""From the marks in a traced loss to its layout, and from its probes' gradients to factors.
+"""Tracing a loss for its layout, and differentiating it together with its probes."""
 
-What Linen and NNX share: an adapter reports each call of a layer as a `Use` and each model's
-arrays as a `Root`; here they are matched with the parameters of the loss's first argument.
-"""
-
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Axes, Layer, Layout, Leaf, Uncovered, path_of
-from adafisher_jax.lineage import Mark, Origin, find_marks
-
-Names = tuple[str, ...]
-
-
-class Root(NamedTuple):
-    """One array of the variables a model was given: the label of a root mark.
-
-    Attributes:
-      index: which model call, counted in program order.
-      path: of the array within its variables.
-    """
-
-    index: int
-    path: Names
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One call of a layer: the label of its mark.
-
-    Attributes:
-      root: which model call it belongs to.
-      kind: as in `adafisher_jax.layout.Layer`.
-      weight: the name of its weight, or None, and of its bias.
-      bias: the name of its bias, or None.
-      holder: the path of the mapping or module that holds them.
-      weight_axes: as the layer sees them, without stacked ones.
-      bias_axes: likewise.
-      groups: feature groups.
-    """
-
-    root: int
-    kind: str
-    weight: str | None
-    bias: str | None
-    holder: Names
-    weight_axes: Axes
-    bias_axes: Axes
-    groups: int = 1
-
-
-class Place(NamedTuple):
-    """Where a probe goes: beside a weight in one model call's variables."""
-
-    root: int
-    holder: Names
-    kind: str
-
-
-class Trace(NamedTuple):
-    """A layout, and where in the traced program the probes of its layers go."""
-
-    layout: Layout
-    places: dict[Place, str]
+from adafisher_jax.layout import Layer, Layout, path_of
+from adafisher_jax.lineage import find_marks
+from adafisher_jax.uses import Place, Trace, read_uses
 
 
 def _is_array(leaf: Any) -> bool:
@@ -89,206 +31,17 @@ def trace(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> Tr
                 f"the parameter {path_of(keys)!r} is of type {jnp.result_type(leaf)}, wanted a "
                 "floating-point array: pass integers as another argument of the loss"
             )
-    rest, treedef = jax.tree.flatten((args, kwargs))
+    rest, structure = jax.tree.flatten((args, kwargs))
     arrays = [leaf for leaf in rest if _is_array(leaf)]
 
     def program(first: Any, arrays: list[Any]) -> tuple[()]:
         remaining = iter(arrays)
         leaves = [next(remaining) if _is_array(leaf) else leaf for leaf in rest]
-        args, kwargs = treedef.unflatten(leaves)
+        args, kwargs = jax.tree.unflatten(structure, leaves)
         loss_fn(first, *args, **kwargs)
         return ()
 
-    return _read(find_marks(program, first, arrays), named)
-
-
-def _read(marks: list[Mark], named: list[tuple[Any, Any]]) -> Trace:
-    """Matches the uses of layers with the leaves of the loss's first argument."""
-    reader = _Reader(_roots(marks), named)
-    uses = [mark for mark in marks if isinstance(mark.label, Use)]
-    if not uses:
-        raise ValueError(
-            "the capture met no layer: the loss called no Flax layer of a known kind. (A model "
-            "of hand-written arithmetic is captured with adafisher_jax.tap.)"
-        )
-    for mark in uses:
-        reader.add(mark)
-    return reader.finish()
-
-
-def _roots(marks: list[Mark]) -> dict[Root, Origin | None]:
-    """What each array handed to a model came from."""
-    roots: dict[Root, Origin | None] = {}
-    for mark in marks:
-        if isinstance(mark.label, Root):
-            (origin,) = mark.origins
-            if roots.setdefault(mark.label, origin) != origin:
-                raise ValueError(
-                    f"a function that applies a model was traced once and called with different "
-                    f"parameters ({'/'.join(mark.label.path)!r} differs), so their layers cannot "
-                    "be told apart: apply the model outside jax.jit, or jit each call by itself"
-                )
-    return roots
-
-
-class _Parameter(NamedTuple):
-    """A layer's parameter, found among the leaves of the loss's first argument."""
-
-    index: int
-    leaf: Leaf
-    layer_path: str
-    place: Place
-    frozen: bool
-    problem: str | None
-
-
-class _Found(NamedTuple):
-    layer: Layer
-    place: Place
-    frozen: bool
-
-
-class _Reader:
-    """Collects the uses of each weight and decides which layers are covered."""
-
-    def __init__(self, roots: dict[Root, Origin | None], named: list[tuple[Any, Any]]):
-        self.roots = roots
-        self.named = named
-        self.found: dict[int, list[_Found]] = {}
-        self.reasons: dict[int, str] = {}
-
-    def add(self, mark: Mark) -> None:
-        """Notes one use of a layer."""
-        use = mark.label
-        assert isinstance(use, Use)
-        roles = [
-            (name, axes)
-            for name, axes in ((use.weight, use.weight_axes), (use.bias, use.bias_axes))
-            if name is not None
-        ]
-        parameters = {
-            name: parameter
-            for (name, axes), origin in zip(roles, mark.origins, strict=True)
-            if (parameter := self._parameter(use, name, axes, origin, mark.custom))
-        }
-        problems = [p.problem for p in parameters.values() if p.problem]
-        if problems:
-            self.reasons.update(dict.fromkeys((p.index for p in parameters.values()), problems[0]))
-        elif main := parameters.get(use.weight or use.bias or ""):
-            weight, bias = (parameters.get(name or "") for name in (use.weight, use.bias))
-            layer = Layer(
-                main.layer_path, use.kind, weight and weight.leaf, bias and bias.leaf, use.groups
-            )
-            self.found.setdefault(main.index, []).append(_Found(layer, main.place, main.frozen))
-
-    def _parameter(
-        self, use: Use, name: str, axes: Axes, origin: Origin | None, custom: bool
-    ) -> _Parameter | None:
-        """The parameter called `name`; None if it is none of ours (another model's, a teacher's)."""
-        label = self._label(use, name, origin)
-        root = self.roots.get(label) if label else origin
-        if root is None or not isinstance(root.source, int) or root.source >= len(self.named):
-            return None
-        if root.frozen and root.mixed:  # an averaged teacher: no gradient reaches the parameter
-            return None
-        problem = None
-        if custom:
-            problem = "used inside a function with its own derivative rule"
-        elif label is None or not root.whole:
-            problem = "only a slice or a rearrangement of it reaches the model"
-        elif origin is None or origin.source != label or not _is_untouched(origin):
-            problem = "transformed inside the model before its layer uses it"
-        keys, array = self.named[root.source]
-        leaf = Leaf(
-            path_of(keys),
-            tuple(array.shape),
-            jnp.dtype(array.dtype).name,
-            () if problem or origin is None else _named_axes(axes, origin),
-        )
-        parts = tuple(path_of((key,)) for key in keys)
-        layer_path = "/".join(holder(parts, name) if name in parts else parts[:-1])
-        place = Place(use.root, use.holder, use.kind)
-        if label:
-            place = Place(label.index, holder(label.path, name), use.kind)
-        return _Parameter(root.source, leaf, layer_path, place, root.frozen, problem)
-
-    def _label(self, use: Use, name: str, origin: Origin | None) -> Root | None:
-        """The array of the model's variables that a layer's parameter began as."""
-        if origin is not None:
-            return origin.source if isinstance(origin.source, Root) else None
-        path = (*use.holder, name)
-        return next(
-            (r for r in self.roots if r.index == use.root and r.path[: len(path)] == path), None
-        )
-
-    def finish(self) -> Trace:
-        """The layout of all that was added, and where the probes go."""
-        layers: dict[str, Layer] = {}
-        places: dict[Place, str] = {}
-        for index, found in self.found.items():
-            if index in self.reasons:
-                continue
-            found = _one_kind(found)
-            layer = found[0].layer
-            if any(f.layer != layer for f in found):
-                problem = "used by several layers that differ in their bias or axes"
-                self.reasons.update(dict.fromkeys(self._indices(found), problem))
-                continue
-            if layer.path in layers:  # two layers in one mapping: each by its own weight
-                layer = dataclasses.replace(layer, path=layer.leaves[0].path)
-            layers[layer.path] = layer
-            # Where a layer is used both live and behind stop_gradient, only the live uses count.
-            live = [f for f in found if not f.frozen] or found
-            places.update({f.place: layer.path for f in live})
-        inside = {leaf.path for layer in layers.values() for leaf in layer.leaves}
-        uncovered = tuple(
-            Uncovered(
-                Leaf(path, tuple(array.shape), jnp.dtype(array.dtype).name),
-                self.reasons.get(index, "no layer of a known kind uses it"),
-            )
-            for index, (keys, array) in enumerate(self.named)
-            if (path := path_of(keys)) not in inside
-        )
-        return Trace(Layout(tuple(layers[path] for path in sorted(layers)), uncovered), places)
-
-    def _indices(self, found: list[_Found]) -> list[int]:
-        paths = {leaf.path for f in found for leaf in f.layer.leaves}
-        return [i for i, (keys, _) in enumerate(self.named) if path_of(keys) in paths]
-
-
-def _one_kind(found: list[_Found]) -> list[_Found]:
-    """The uses that describe a weight: of an embedding that is looked up, its lookups."""
-    kinds = {f.layer.kind for f in found}
-    if kinds == {"embedding", "attend"}:
-        return [f for f in found if f.layer.kind == "embedding"]
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the parameter {found[0].layer.leaves[0].path!r} is used by layers of different "
-            f"kinds, {' and '.join(sorted(kinds))}: one Fisher block cannot describe both"
-        )
-    return found
-
-
-def _is_untouched(origin: Origin) -> bool:
-    in_order = origin.axes == tuple(sorted(origin.axes))
-    return in_order and not (origin.frozen or origin.cast or origin.mixed)
-
-
-def _named_axes(inner: Axes, origin: Origin) -> Axes:
-    """Names a whole parameter's axes, given those of the slice a layer sees."""
-    names = dict(zip(origin.axes, inner, strict=True))
-    names |= {axis: f"stack{i}" for i, axis in enumerate(origin.sliced)}
-    return tuple(names[axis] for axis in range(len(names)))
-
-
-def holder(path: Names, name: str) -> Names:
-    """The path of the mapping or module that holds `name`, given the path of its array.
-
-    Example:
-      >>> holder(("Dense_0", "kernel", "value"), "kernel")
-      ('Dense_0',)
-    """
-    return path[: len(path) - 1 - path[::-1].index(name)]
+    return read_uses(find_marks(program, first, arrays), named)
 
 
 Probes = dict[Place, Factor]
@@ -311,7 +64,8 @@ def value_and_grad(
 
     def grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         named, _ = jax.tree_util.tree_flatten_with_path(params)
-        layout.check_params({path_of(keys): leaf for keys, leaf in named})
+        leaves = {path_of(keys): leaf for keys, leaf in named}
+        layout.check_params(leaves)
         wanted = {layer.path: layer for layer in layout.layers}
         met, places = traced(params, *args, **kwargs)
         for layer in met.layers:
@@ -322,14 +76,17 @@ def value_and_grad(
                     f"{_described(wanted[layer.path])}: it was traced from another model"
                 )
         if wanted and not wanted.keys() & {layer.path for layer in met.layers}:
-            raise ValueError("the capture met no layer of the layout: it was traced from another loss")
+            raise ValueError(
+                "the capture met no layer of the layout: it was traced from another loss"
+            )
 
         def loss_fn(params: Any, probes: dict[str, Factor]) -> Any:
             placed = {place: probes[path] for place, path in places.items() if path in probes}
             return probed(placed)(params, *args, **kwargs)
 
         value, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=has_aux)(
-            params, {path: _probe(layer) for path, layer in wanted.items()}
+            params,
+            {path: _probe(layer, layer.dtype(leaves)) for path, layer in wanted.items()},
         )
         factors = {path: _means(wanted[path], factor) for path, factor in sums.items()}
         return value, grads, factors
@@ -341,11 +98,10 @@ def _described(layer: Layer) -> str:
     return ", ".join(f"{leaf.shape} {leaf.axes}" for leaf in layer.leaves)
 
 
-def _probe(layer: Layer) -> Factor:
+def _probe(layer: Layer, dtype: Any) -> Factor:
     """Zeros beside a weight; `rows` has its rank, to be sliced with it."""
-    zeros = layer.zeros()
-    shape = [n if a.startswith("stack") else 1 for n, a in zip(layer.shape, layer.axes, strict=True)]
-    return zeros._replace(rows=zeros.rows.reshape(shape))
+    zeros = layer.zeros(dtype)
+    return zeros._replace(rows=zeros.rows.reshape(layer.stack_shape))
 
 
 def _means(layer: Layer, sums: Factor) -> Factor:

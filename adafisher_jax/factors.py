@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+
 class Factor(NamedTuple):
     """Diagonal Kronecker factors of one layer (DESIGN: `H = E[h̄²]`, `S = E[s²]`).
 
@@ -43,10 +44,10 @@ class Factor(NamedTuple):
 
         Example:
           >>> import jax.numpy as jnp
-          >>> Factor(jnp.array([8.0]), jnp.array([2.0]), jnp.array(4.0), jnp.array([4.0])).from_sums()
-          ... # doctest: +NORMALIZE_WHITESPACE
-          Factor(h=Array([2.], dtype=float32), s=Array([0.5], dtype=float32),
-                 rows=Array(4., dtype=float32), mean=Array([1.], dtype=float32))
+          >>> sums = Factor(*map(jnp.float32, (8, 2, 4, 4)))
+          >>> sums.from_sums()
+          Factor(h=Array(2., dtype=float32), s=Array(0.5, dtype=float32),
+                 rows=Array(4., dtype=float32), mean=Array(1., dtype=float32))
         """
         n = jnp.maximum(self.rows, 1)
         return Factor(self.h / n, self.s / n, self.rows, self.mean / n)
@@ -91,4 +92,6 @@ def minmax(
     low = functools.reduce(jnp.minimum, [jnp.min(v, inner, keepdims=True) for v in values])
     high = functools.reduce(jnp.maximum, [jnp.max(v, inner, keepdims=True) for v in values])
     spread = high - low + epsilon
-    return tuple(jnp.where(spread > 0, (v - low) / jnp.where(spread > 0, spread, 1), 0) for v in values)
+    return tuple(
+        jnp.where(spread > 0, (v - low) / jnp.where(spread > 0, spread, 1), 0) for v in values
+    )

@@ -33,14 +33,12 @@ class Leaf:
     Attributes:
       path: in the loss's first argument.
       shape: its shape, stacked axes included.
-      dtype: its type's name.
       axes: what each axis is: `"in0"`, `"out0"`, `"batch0"` (independent maps within the
         layer) or `"stack0"` (stacked by a lifted transform).
     """
 
     path: str
     shape: tuple[int, ...]
-    dtype: str
     axes: Axes = ()
 
     @property
@@ -103,6 +101,11 @@ class Layer:
         return tuple(n for n, axis in self._sized if axis.startswith("stack"))
 
     @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """`rows_shape`, with the rank of the weight."""
+        return tuple(n if axis.startswith("stack") else 1 for n, axis in self._sized)
+
+    @property
     def slot_shape(self) -> tuple[int, ...]:
         """One number for each block, with the rank of the weight."""
         return tuple(n if _is_block(axis) else 1 for n, axis in self._sized)
@@ -111,15 +114,19 @@ class Layer:
     def _sized(self) -> tuple[tuple[int, str], ...]:
         return tuple(zip(self.shape, self.axes, strict=True))
 
-    def zeros(self) -> Factor:
-        """Zero factors, with `rows` of rank zero or one number for each stacked layer."""
+    def dtype(self, leaves: Mapping[str, Any]) -> Any:
+        """The type of the layer's statistics, given arrays by path: at least float32."""
+        own = [leaves[leaf.path] for leaf in self.leaves if leaf.path in leaves]
+        return jnp.promote_types(jnp.result_type(*own), jnp.float32)
+
+    def zeros(self, dtype: Any = jnp.float32) -> Factor:
+        """Zero factors of the shapes this layer's have."""
         s = tuple(1 if axis.startswith("in") else n for n, axis in self._sized)
         if self.kind == "norm":  # a pair, for scale and shift, in place of the channels
             h = tuple(n if _is_block(axis) else 1 for n, axis in self._sized)
             h = tuple(2 if axis == "out0" else n for n, axis in zip(h, self.axes, strict=True))
         else:
             h = tuple(1 if axis.startswith("out") else n for n, axis in self._sized)
-        dtype = jnp.promote_types(self.leaves[0].dtype, jnp.float32)
         make = functools.partial(jnp.zeros, dtype=dtype)
         return Factor(make(h), make(s), make(self.rows_shape), make(h))
 
@@ -128,9 +135,9 @@ class Layer:
         assert self.bias is not None
         wanted = self.bias.axes
         order = [self.axes.index(axis) for axis in wanted]
-        return jnp.squeeze(
-            value, [i for i in range(value.ndim) if i not in order]
-        ).transpose([sorted(order).index(i) for i in order])
+        return jnp.squeeze(value, [i for i in range(value.ndim) if i not in order]).transpose(
+            [sorted(order).index(i) for i in order]
+        )
 
     def from_bias(self, value: jax.Array) -> jax.Array:
         """Turns a bias-shaped array into one that broadcasts against the weight."""
@@ -191,25 +198,32 @@ class Layout:
                 )
 
     def __str__(self) -> str:
-        rows = [("parameter", "layer", "in", "out", "stacked", "covered")]
-        found: list[tuple[str, tuple[str, ...]]] = []
-        for layer in self.layers:
-            for leaf in layer.leaves:
-                sizes = (_sizes(leaf, "in"), _sizes(leaf, "out"), _sizes(leaf, "stack", "batch"))
-                found.append((leaf.path, (leaf.path or "(root)", layer.kind, *sizes, "yes")))
-        for row in self.uncovered:
-            shape = "×".join(map(str, row.leaf.shape)) or "1"
-            found.append((row.leaf.path, (row.leaf.path, "-", "-", shape, "-", "no: " + row.reason)))
-        rows += [row for _, row in sorted(found)]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in rows
-        ]
+        header = ("parameter", "layer", "in", "out", "stacked", "covered")
+        rows = [_row(leaf, layer.kind) for layer in self.layers for leaf in layer.leaves]
+        rows += [_row(one.leaf, "-", one.reason) for one in self.uncovered]
+        rows = [header, *sorted(rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, tuple("-" * width for width in [*widths[:-1], len(header[-1])]))
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         total = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
-        total += sum(row.leaf.size for row in self.uncovered)
-        lines.insert(1, "  ".join("-" * w for w in [*widths, 7]))
-        lines.append(f"{self.covered:.1%} of {total:,} parameters under a Fisher block")
-        return "\n".join(lines)
+        total += sum(one.leaf.size for one in self.uncovered)
+        return "\n".join(
+            [*lines, f"{self.covered:.1%} of {total:,} parameters under a Fisher block"]
+        )
+
+
+def _row(leaf: Leaf, kind: str, reason: str = "") -> tuple[str, ...]:
+    """A parameter's line in the table."""
+    if reason:
+        sizes = ("-", "×".join(map(str, leaf.shape)) or "1", "-")
+    else:
+        sizes = (_sizes(leaf, "in"), _sizes(leaf, "out"), _sizes(leaf, "stack", "batch"))
+    return (leaf.path, kind, *sizes, f"no: {reason}" if reason else "yes")
+
+
+def _sizes(leaf: Leaf, *roles: str) -> str:
+    sizes = [str(n) for n, a in zip(leaf.shape, leaf.axes, strict=True) if a.startswith(roles)]
+    return "×".join(sizes) or "-"
 
 
 def check_factors(factors: Mapping[str, Factor], layers: tuple[Layer, ...]) -> None:
@@ -227,14 +241,11 @@ def check_factors(factors: Mapping[str, Factor], layers: tuple[Layer, ...]) -> N
     for layer in layers:
         if layer.path not in factors:
             raise ValueError(
-                f"factors: the layer {layer.path!r} of the layout is missing, "
-                f"got {_some(factors)}"
+                f"factors: the layer {layer.path!r} of the layout is missing, got {_some(factors)}"
             )
         found = factors[layer.path]
         if not isinstance(found, Factor):
-            raise TypeError(
-                f"factors[{layer.path!r}]: got {type(found).__name__}, wanted a Factor"
-            )
+            raise TypeError(f"factors[{layer.path!r}]: got {type(found).__name__}, wanted a Factor")
         zeros = jax.eval_shape(layer.zeros)
         for name, want, got in zip(Factor._fields, zeros, found, strict=True):
             if jnp.shape(got) != want.shape:
@@ -242,11 +253,6 @@ def check_factors(factors: Mapping[str, Factor], layers: tuple[Layer, ...]) -> N
                     f"factors[{layer.path!r}].{name} has shape {jnp.shape(got)}, the layout "
                     f"wants {want.shape}: the factors are of another model or layout"
                 )
-
-
-def _sizes(leaf: Leaf, *roles: str) -> str:
-    sizes = [str(n) for n, a in zip(leaf.shape, leaf.axes, strict=True) if a.startswith(roles)]
-    return "×".join(sizes) or "-"
 
 
 def _some(paths: Any, most: int = 3) -> str:

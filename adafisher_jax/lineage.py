@@ -143,7 +143,7 @@ def find_marks(fun: Callable[..., Any], *args: Any) -> list[Mark]:
     """
     closed = jax.make_jaxpr(fun)(*args)
     sources: list[Origin | None] = [
-        Origin(i, tuple(range(var.aval.ndim))) for i, var in enumerate(closed.jaxpr.invars)
+        Origin(i, tuple(range(_rank(var)))) for i, var in enumerate(closed.jaxpr.invars)
     ]
     marks: list[Mark] = []
     _follow(closed.jaxpr, sources, marks, custom=False)
@@ -194,9 +194,13 @@ def _bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     taken = len(eqn.invars) - (eqn.primitive.name == "cond")
     for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
         if _is_jaxpr(value):
-            body = getattr(value, "jaxpr", value)
+            body: Any = getattr(value, "jaxpr", value)
             if len(body.invars) == taken and len(body.outvars) == len(eqn.outvars):
                 yield body
+
+
+def _rank(atom: Any) -> int:
+    return len(atom.aval.shape)
 
 
 def _is_jaxpr(value: Any) -> bool:
@@ -209,7 +213,7 @@ def _follow_mark(
     label, removed = eqn.params["label"], eqn.params["removed"]
     if removed is None:
         marks.append(Mark(label, tuple(operands), custom))
-        return [Origin(label, tuple(range(eqn.invars[0].aval.ndim)))]
+        return [Origin(label, tuple(range(_rank(eqn.invars[0]))))]
     n = len(operands) - len(removed)
     seen = []
     for found, axes in zip(operands[n:], removed, strict=True):
@@ -260,13 +264,16 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: list[Origin | None]) -> list[
     name = eqn.primitive.name
     lost: list[Origin | None] = [None] * len(eqn.outvars)
     if name in _SAME and len(operands) == len(eqn.outvars):
-        change = {"stop_gradient": {"frozen": True}, "convert_element_type": {"cast": True}}
-        return [x and dataclasses.replace(x, **change.get(name, {})) for x in operands]
+        frozen, cast = name == "stop_gradient", name == "convert_element_type"
+        return [
+            x and dataclasses.replace(x, frozen=x.frozen or frozen, cast=x.cast or cast)
+            for x in operands
+        ]
     if name == "transpose" and (x := operands[0]):
         axes = tuple(x.axes[i] for i in eqn.params["permutation"])
         return [dataclasses.replace(x, axes=axes)]
     if name in _ELEMENTWISE:
         found = {x for x in operands if x}
-        if len(found) == 1 and len(next(iter(found)).axes) == eqn.outvars[0].aval.ndim:
+        if len(found) == 1 and len(next(iter(found)).axes) == _rank(eqn.outvars[0]):
             return [dataclasses.replace(found.pop(), mixed=True)]
     return lost

@@ -19,16 +19,15 @@ from flax.core import FrozenDict
 from flax.core.scope import Scope
 
 from adafisher_jax import capture
-from adafisher_jax.capture import Names, Place, Probes, Root, Use
+from adafisher_jax.capture import Probes
 from adafisher_jax.layout import Layout
 from adafisher_jax.lineage import mark, mark_root
 from adafisher_jax.linen_layers import READERS, Reading
 from adafisher_jax.tap import tap
+from adafisher_jax.uses import Names, Place, Root, Trace, Use
 
 
-def trace_layout(
-    loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
-) -> Layout:
+def trace_layout(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Layout:
     """Finds the layers that `loss_fn(params, *args, **kwargs)` calls, without computing anything.
 
     Args:
@@ -97,20 +96,26 @@ def value_and_grad(
     )
 
 
-def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> capture.Trace:
-    def on_root(variables: dict[str, Any], index: int) -> None:
+def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Trace:
+    def on_root(variables: dict[str, Any], call: int) -> None:
         if "params" in variables:
             variables["params"] = jax.tree_util.tree_map_with_path(
-                lambda keys, leaf: mark_root(leaf, Root(index, _names(keys))), variables["params"]
+                lambda keys, leaf: mark_root(leaf, Root(call, _names(keys))), variables["params"]
             )
 
-    def on_layer(root: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
-        names = [n if n in held else None for n in (found.weight, found.bias)]
-        parameters = [jax.tree.leaves(held[n])[0] for n in names if n]
-        statistic = found.statistic
+    def on_layer(call: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
+        weight, bias = (name if name in held else None for name in (found.weight, found.bias))
         use = Use(
-            root, found.kind, *names, path, statistic.weight_axes, statistic.bias_axes, found.groups
+            call,
+            found.kind,
+            weight,
+            bias,
+            path,
+            found.statistic.weight_axes,
+            found.statistic.bias_axes,
+            found.groups,
         )
+        parameters = [jax.tree.leaves(held[name])[0] for name in (weight, bias) if name]
         (y,) = mark([y], parameters, use)
         return y
 
@@ -118,17 +123,17 @@ def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
 
 
 def _probed(loss_fn: Callable[..., Any], probes: Probes) -> Callable[..., Any]:
-    def on_root(variables: dict[str, Any], index: int) -> None:
+    def on_root(variables: dict[str, Any], call: int) -> None:
         for place, probe in probes.items():
-            if place.root == index:
+            if place.call == call:
                 variables["params"] = _inserted(
                     variables["params"], place.holder, _entry(place.kind), probe
                 )
 
-    def on_layer(root: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
+    def on_layer(call: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
         if (entry := _entry(found.kind)) in held:
             return tap(found.statistic, found.x, y, held[entry])
-        if Place(root, path, found.kind) in probes:
+        if Place(call, path, found.kind) in probes:
             raise ValueError(
                 f"the probe of the layer {'/'.join(path)!r} did not reach it: its variables are "
                 "rebuilt on the way, so it cannot be captured"
@@ -152,7 +157,8 @@ def _inserted(tree: Mapping[str, Any], path: Names, name: str, value: Any) -> Ma
     if path:
         value = _inserted(tree[path[0]], path[1:], name, value)
         name = path[0]
-    return type(tree)({**tree, name: value})
+    copied = {**tree, name: value}
+    return FrozenDict(copied) if isinstance(tree, FrozenDict) else copied
 
 
 def _without_probes(tree: Any) -> Any:
@@ -179,13 +185,13 @@ class _Watcher(NamedTuple):
             scope.flags = scope.flags.copy({self.token: index})
             self.on_root(scope._variables, index)
 
-    def intercept(self, run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module, method = context.module, context.orig_method.func
-        if method not in READERS or module.scope is None or self.token not in module.scope.flags:
+    def intercept(self, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        scope: Scope | None = context.module.scope
+        reader = READERS.get(context.orig_method.func)
+        if reader is None or scope is None or self.token not in scope.flags:
             return run(*args, **kwargs)
 
         def on_call(found: Reading, y: Any) -> Any:
-            scope = module.scope
             held = scope._collection("params")
             for name in found.inside:
                 held = held.get(name, {})
@@ -194,7 +200,7 @@ class _Watcher(NamedTuple):
             path = (*scope.path, *found.inside)
             return self.on_layer(scope.flags[self.token], path, found, held, y)
 
-        return READERS[method](module, run, args, kwargs, on_call)
+        return reader(context.module, run, args, kwargs, on_call)
 
 
 # A jitted function that has been traced before is traced again while a loss is watched, and
@@ -210,7 +216,7 @@ def _watched(
     def watched(*args: Any, **kwargs: Any) -> Any:
         watcher = _Watcher(object(), [], on_root, on_layer)
         with (
-            _hooks.watched_by(watcher),
+            _scope_hooks.told(watcher),
             nn.intercept_methods(watcher.intercept),
             _context(watcher.token),
         ):
@@ -220,9 +226,9 @@ def _watched(
 
 
 class _ScopeHooks:
-    """Hooks on Flax's `Scope`, there while some thread watches a loss.
+    """Hooks on Flax's `Scope`, in place while any thread watches a loss.
 
-    Linen offers interceptors for methods, but none for the making of a root scope, and a model
+    Linen offers interceptors for methods but none for the making of a root scope, and a model
     whose own class is lifted is intercepted only inside the lift.
     """
 
@@ -230,27 +236,10 @@ class _ScopeHooks:
         self._lock = threading.Lock()
         self._users = 0
         self._local = threading.local()
-        self._original = (Scope.__init__, Scope.variables, Scope.mutable_variables)
-
-    @contextlib.contextmanager
-    def watched_by(self, watcher: _Watcher) -> Iterator[None]:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._install()
-        outer = getattr(self._local, "watcher", None)
-        self._local.watcher = watcher
-        try:
-            yield
-        finally:
-            self._local.watcher = outer
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    Scope.__init__, Scope.variables, Scope.mutable_variables = self._original
-
-    def _install(self) -> None:
-        init, variables, mutable_variables = self._original
+        self._originals = {
+            name: getattr(Scope, name) for name in ("__init__", "variables", "mutable_variables")
+        }
+        init, variables, mutable = self._originals.values()
 
         @functools.wraps(init)
         def watched_init(scope: Scope, *args: Any, **kwargs: Any) -> None:
@@ -258,9 +247,29 @@ class _ScopeHooks:
             if watcher := getattr(self._local, "watcher", None):
                 watcher.root(scope)
 
-        Scope.__init__ = watched_init
-        Scope.variables = lambda scope: _without_probes(variables(scope))
-        Scope.mutable_variables = lambda scope: _without_probes(mutable_variables(scope))
+        self._hooks = {
+            "__init__": watched_init,
+            "variables": lambda scope: _without_probes(variables(scope)),
+            "mutable_variables": lambda scope: _without_probes(mutable(scope)),
+        }
+
+    @contextlib.contextmanager
+    def told(self, watcher: _Watcher) -> Iterator[None]:
+        """Tells `watcher` of the root scopes this thread makes."""
+        outer = getattr(self._local, "watcher", None)
+        self._local.watcher = watcher
+        self._change_users(1)
+        try:
+            yield
+        finally:
+            self._change_users(-1)
+            self._local.watcher = outer
+
+    def _change_users(self, by: int) -> None:
+        with self._lock:
+            self._users += by
+            for name, method in (self._hooks if self._users else self._originals).items():
+                setattr(Scope, name, method)
 
 
-_hooks = _ScopeHooks()
+_scope_hooks = _ScopeHooks()

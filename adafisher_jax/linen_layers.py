@@ -66,7 +66,7 @@ def _dense_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
 
 
 def _einsum(module: Any, x: jax.Array, y: jax.Array, rest: dict[str, Any]) -> Reading | None:
-    equation = module.einsum_str or rest.get("einsum_str")
+    equation: str = rest.get("einsum_str") or module.einsum_str
     shape = tuple(module.shape)
     operands, result, _ = opt_einsum.parser.parse_einsum_input(
         (equation.replace(" ", ""), np.broadcast_to(0, x.shape), np.broadcast_to(0, shape))
@@ -104,9 +104,9 @@ def _windows(module: Any, x: jax.Array, y: jax.Array) -> tuple[Window, ...]:
             case "CAUSAL":
                 margin = (reach - 1, 0)
             case str():
-                (low, _), *_ = jax.lax.padtype_to_pads([length], [reach], [stride], padding)
+                ((low, _),) = jax.lax.padtype_to_pads([length], [reach], [stride], padding)
             case _:
-                low, _ = padding[axis]
+                low = int(padding[axis][0])
         windows.append(Window(k, n, m, stride, low, input_dilation, dilation, margin, mode))
     return tuple(windows)
 
@@ -147,10 +147,8 @@ def _conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
             case "VALID":
                 low = reach - 1
             case _:
-                low, _ = padding[axis]
-        windows.append(
-            Window(k, n, m, 1, low, stride, dilation, flip=module.transpose_kernel)
-        )
+                low = int(padding[axis][0])
+        windows.append(Window(k, n, m, 1, low, stride, dilation, flip=module.transpose_kernel))
     statistic = statistics.Convolution(tuple(windows), transposed=module.transpose_kernel)
     return Reading("conv", statistic, x)
 
@@ -194,7 +192,9 @@ def _optimized_lstm(module: Any, run: Any, args: Any, kwargs: Any, on_call: OnCa
     The pre-activation of a gate is the sum of two dense layers' outputs, so its cotangent is
     theirs. The cell hands it to `gate_fn` or `activation_fn`, gate by gate.
     """
-    bound = inspect.signature(inspect.unwrap(nn.OptimizedLSTMCell.__call__)).bind(module, *args, **kwargs)
+    bound = inspect.signature(inspect.unwrap(nn.OptimizedLSTMCell.__call__)).bind(
+        module, *args, **kwargs
+    )
     (_, h), x = bound.arguments["carry"], bound.arguments["inputs"]
     gates = iter("ifgo")
 
@@ -228,7 +228,9 @@ READERS: Mapping[Any, Reader] = MappingProxyType(
                 _called(nn.Embed.attend, _attend),
                 _called(nn.BatchNorm.__call__, _norm(lambda m: m.axis, keeps_tokens=False)),
                 _called(nn.GroupNorm.__call__, _norm(lambda m: -1, keeps_tokens=False)),
-                _called(nn.InstanceNorm.__call__, _norm(lambda m: m.feature_axes, keeps_tokens=False)),
+                _called(
+                    nn.InstanceNorm.__call__, _norm(lambda m: m.feature_axes, keeps_tokens=False)
+                ),
                 _called(nn.LayerNorm.__call__, _norm(lambda m: m.feature_axes, keeps_tokens=True)),
                 _called(nn.RMSNorm.__call__, _norm(lambda m: m.feature_axes, keeps_tokens=True)),
             ]

@@ -54,10 +54,9 @@ class Rule:
     ema: Any
     damping: Any
 
-    def start(self, layer: Layer) -> Curvature:
+    def start(self, layer: Layer, dtype: Any) -> Curvature:
         """The averages before the first refresh."""
-        zeros = layer.zeros()
-        return Curvature(zeros, jnp.zeros(layer.slot_shape, zeros.h.dtype))
+        return Curvature(layer.zeros(dtype), jnp.zeros(layer.slot_shape, dtype))
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
         """The averages after new statistics; unchanged where those are unusable."""
@@ -83,7 +82,7 @@ def _usable(layer: Layer, fresh: Factor) -> jax.Array:
     """Whether each stacked layer's statistics are finite and of at least one row."""
     within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
     usable = (fresh.rows > 0) & jnp.isfinite(fresh.rows)
-    usable = usable.reshape([1 if i in within else n for i, n in enumerate(layer.shape)])
+    usable = usable.reshape(layer.stack_shape)
     for leaf in (fresh.h, fresh.s, fresh.mean):
         usable &= jnp.all(jnp.isfinite(leaf), axis=within, keepdims=True)
     return usable
@@ -158,8 +157,8 @@ class Official(Rule):
     in the released code every layer is stepped with its own factors.
     """
 
-    def start(self, layer: Layer) -> Curvature:
-        factor, slot = super().start(layer)
+    def start(self, layer: Layer, dtype: Any) -> Curvature:
+        factor, slot = super().start(layer, dtype)
         factor = factor._replace(h=jnp.ones_like(factor.h), s=jnp.ones_like(factor.s))
         return Curvature(factor, jnp.ones_like(slot))
 
@@ -226,10 +225,10 @@ class Centered(Rule):
         d_w, d_b = momentum
         scale_w, scale_b = scales
         if d_w is not None:
-            d_w, scale_w = self.fallback(d_w, grads.weight, scale_w, layer.weight.axes)
+            d_w, scale_w = self._by_rms(d_w, grads.weight, scale_w, layer.axes)
             d_w = d_w / (root_h * root_s)
-        if d_b is not None:
-            d_b, scale_b = self.fallback(d_b, grads.bias, scale_b, layer.bias.axes)
+        if layer.bias is not None and d_b is not None:
+            d_b, scale_b = self._by_rms(d_b, grads.bias, scale_b, layer.bias.axes)
             d_b = d_b / layer.to_bias(root_s)
             if centers:
                 d_b = d_b - layer.to_bias(jnp.sum(mean * d_w, layer.ins, keepdims=True))
@@ -241,7 +240,10 @@ class Centered(Rule):
         relative = jnp.where(average > 0, values / jnp.where(average > 0, average, 1), 1)
         return jnp.sqrt(relative + self.damping)
 
-    def fallback(self, momentum: Any, grad: Any, scale: Any, axes: Axes = ()) -> tuple[Any, Any]:
+    def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
+        return self._by_rms(momentum, grad, scale, ())
+
+    def _by_rms(self, momentum: Any, grad: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
         """The momentum over the root mean square of the gradient, per stacked layer."""
         stacked = [i for i, axis in enumerate(axes) if axis.startswith("stack")]
         others = tuple(i for i in range(grad.ndim) if i not in stacked)
@@ -257,7 +259,12 @@ class Centered(Rule):
         return momentum * jnp.expand_dims(inverse, others), scale
 
 
-_RULES = {"paper": (Paper, 0.8, 1e-3), "official": (Official, 0.8, 1e-3), "centered": (Centered, 0.95, 0.01)}
+# Each rule with its default averaging constant and damping.
+_RULES: dict[str, tuple[type[Rule], float, float]] = {
+    "paper": (Paper, 0.8, 1e-3),
+    "official": (Official, 0.8, 1e-3),
+    "centered": (Centered, 0.95, 0.01),
+}
 
 
 def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:

@@ -75,7 +75,9 @@ class Contraction:
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         rows = [i for i, c in enumerate(self.y) if c not in self.weight]
-        return self._like_weight(_sum_squares(g, rows), "".join(c for c in self.y if c in self.weight))
+        return self._like_weight(
+            _sum_squares(g, rows), "".join(c for c in self.y if c in self.weight)
+        )
 
     def rows(self, y: jax.Array) -> int:
         return math.prod(n for n, c in zip(y.shape, self.y, strict=True) if c not in self.weight)
@@ -218,7 +220,9 @@ class Convolution:
         total = total / self.groups
         for axis, window in enumerate(self.windows):
             counts = jnp.asarray(window.counts(), total.dtype)
-            moved = jnp.tensordot(counts, total, ((1,), (axis,)), precision=jax.lax.Precision.HIGHEST)
+            moved = jnp.tensordot(
+                counts, total, ((1,), (axis,)), precision=jax.lax.Precision.HIGHEST
+            )
             total = jnp.moveaxis(moved, 0, axis)
         return jnp.expand_dims(total, -2 if self.transposed else -1)
 

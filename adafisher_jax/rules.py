@@ -200,8 +200,8 @@ class Centered(Rule):
 
     def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
         shape = [n for n, axis in zip(leaf.shape, axes, strict=False) if axis.startswith("stack")]
-        zero = jnp.zeros(shape, jnp.promote_types(leaf.dtype, jnp.float32))
-        return Scale(zero, zero)
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair

@@ -10,10 +10,13 @@ uses or devices) it does to the statistics.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 from adafisher_jax.factors import Factor
 
@@ -72,38 +75,105 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
       >>> factor.h.ravel().tolist(), factor.s.ravel().tolist(), float(factor.rows)
       ([2.5, 0.5], [0.25, 0.25], 2.0)
     """
-    sums = statistic.of_inputs(jax.lax.stop_gradient(x))
-    like = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in probe)
-    return _tap(statistic, like, y, sums, probe)
+    h, mean = statistic.of_inputs(jax.lax.stop_gradient(x))
+    return _tap_p.bind(y, *probe, h, mean, statistic=statistic, levels=())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tap(
-    statistic: Statistic,
-    like: tuple[jax.ShapeDtypeStruct, ...],
-    y: jax.Array,
-    sums: tuple[jax.Array, jax.Array],
-    probe: Factor,
-) -> jax.Array:
-    return y
+# Two primitives rather than a `custom_vjp`, so that forward-mode differentiation, and any number
+# of derivatives, pass through a tapped layer too. Both return their first operand. `_tap_p` is
+# what the forward pass runs; its tangent is `_tangent_p`, which is linear in `y` and the probe,
+# and whose transpose yields the statistics. Operands: y, the four parts of the probe, h, mean.
+# `levels` holds, for each `vmap` around a tap, innermost first, the operands' mapped axes.
+
+_tap_p = core.Primitive("adafisher_tap")
+_tangent_p = core.Primitive("adafisher_tap_tangent")
 
 
-def _forward(statistic: Statistic, like: Any, y: jax.Array, sums: Any, probe: Factor) -> Any:
-    # Tapped again, so that a loss that differentiates twice still meets the tap.
-    return _tap(statistic, like, y, sums, probe), sums
+def _first(*operands: Any, **_: Any) -> Any:
+    return operands[0]
 
 
-def _backward(statistic: Statistic, like: Any, sums: Any, g: jax.Array) -> Any:
-    h, mean = sums
-    s = statistic.of_cotangents(g)
-    rows = jnp.full((), statistic.rows(g), s.dtype)
-    # `vmap` sums over its axis only what depends on the incoming cotangent.
-    tie = 0 * jnp.ravel(s)[0]
-    found = (h + tie, s, rows + tie, mean + tie)
-    cotangent = Factor(
-        *(jnp.broadcast_to(v.astype(p.dtype), p.shape) for v, p in zip(found, like, strict=True))
-    )
-    return g, None, cotangent
+def _lower_first(_: Any, *operands: Any, **__: Any) -> Any:
+    return [operands[0]]
 
 
-_tap.defvjp(_forward, _backward)
+def _batch(primitive: Any, operands: Any, dims: Any, *, statistic: Statistic, levels: Any) -> Any:
+    if dims[0] is None:  # only the probe is mapped
+        size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+        y = jnp.broadcast_to(operands[0], (size, *operands[0].shape))
+        operands, dims = (y, *operands[1:]), (0, *dims[1:])
+    levels = (*levels, tuple(dims))
+    return primitive.bind(*operands, statistic=statistic, levels=levels), dims[0]
+
+
+for _primitive in (_tap_p, _tangent_p):
+    _primitive.def_impl(_first)
+    _primitive.def_abstract_eval(_first)
+    mlir.register_lowering(_primitive, _lower_first)
+    batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
+
+
+def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    y = _tap_p.bind(*primals, **params)
+    if all(type(tangent) is ad.Zero for tangent in tangents[1:5]):
+        return y, tangents[0]
+    linear = [ad.instantiate_zeros(tangent) for tangent in tangents[:5]]
+    return y, _tangent_p.bind(*linear, *primals[5:], **params)
+
+
+def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    # The tangent of a tangent is no output of the layer: it is handed on untapped.
+    return _tangent_p.bind(*primals, **params), tangents[0]
+
+
+def _tangent_transpose(
+    g: Any, y: Any, *rest: Any, statistic: Statistic, levels: tuple[tuple[int | None, ...], ...]
+) -> list[Any]:
+    probe, sums = rest[:4], rest[4:]
+    own = g if ad.is_undefined_primal(y) else None
+    if type(g) is ad.Zero or not ad.is_undefined_primal(probe[0]):
+        return [
+            own,
+            *(ad.Zero(p.aval) if ad.is_undefined_primal(p) else None for p in probe),
+            None,
+            None,
+        ]
+    shapes = [_unmapped(p.aval.shape, [dims[i] for dims in levels]) for i, p in enumerate(probe, 1)]
+
+    def statistics(g: jax.Array, h: jax.Array, mean: jax.Array) -> list[jax.Array]:
+        s = statistic.of_cotangents(g)
+        found = (h, s, jnp.full((), statistic.rows(g), s.dtype), mean)
+        return [jnp.broadcast_to(v, shape) for v, shape in zip(found, shapes, strict=True)]
+
+    for dims in levels:
+        statistics = _mapped(statistics, dims)
+    found = statistics(g, *sums)
+    return [own, *(v.astype(p.aval.dtype) for v, p in zip(found, probe, strict=True)), None, None]
+
+
+def _unmapped(shape: tuple[int, ...], axes: list[int | None]) -> list[int]:
+    """A probe's shape inside the `vmap`s around its tap."""
+    sizes = list(shape)
+    for axis in reversed(axes):
+        if axis is not None:
+            del sizes[axis]
+    return sizes
+
+
+def _mapped(fun: Callable[..., list[jax.Array]], dims: tuple[int | None, ...]) -> Any:
+    """`fun` under one `vmap`: what belongs to a probe that is not mapped is summed over it."""
+    y, *probe, h, mean = dims
+
+    def mapped(*operands: jax.Array) -> list[jax.Array]:
+        found = jax.vmap(fun, in_axes=(y, h, mean))(*operands)
+        return [
+            jnp.sum(v, axis=0) if axis is None else jnp.moveaxis(v, 0, axis)
+            for v, axis in zip(found, probe, strict=True)
+        ]
+
+    return mapped
+
+
+ad.primitive_jvps[_tap_p] = _tap_jvp
+ad.primitive_jvps[_tangent_p] = _tangent_jvp
+ad.primitive_transposes[_tangent_p] = _tangent_transpose

@@ -76,7 +76,18 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
       ([2.5, 0.5], [0.25, 0.25], 2.0)
     """
     h, mean = statistic.of_inputs(jax.lax.stop_gradient(x))
+    probe = Factor(*(_vary_like(part, y) for part in probe))
     return _tap_p.bind(y, *probe, h, mean, statistic=statistic, levels=())
+
+
+def _vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
+    """In a `shard_map`, lets a value differ between devices as another does.
+
+    The gradient of a value that is the same on all devices is then their sum.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        value = value + jax.lax.full_like(like, 0, value.dtype, ())
+    return value
 
 
 # Two primitives rather than a `custom_vjp`, so that forward-mode differentiation, and any number
@@ -147,7 +158,7 @@ def _tangent_transpose(
 
     for dims in levels:
         statistics = _mapped(statistics, dims)
-    found = statistics(g, *sums)
+    found = [_vary_like(v, g) for v in statistics(g, *sums)]
     return [own, *(v.astype(p.aval.dtype) for v, p in zip(found, probe, strict=True)), None, None]
 
 

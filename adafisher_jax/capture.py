@@ -1,6 +1,6 @@
 """Tracing a loss for its layout, and differentiating it together with its probes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,24 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def trace(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> Trace:
+def abstractly(loss_fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+    """A function of a loss's first argument and its other arrays, and those arrays.
+
+    What is no array is passed to the loss as it is.
+    """
+    rest, structure = jax.tree.flatten((args, kwargs))
+
+    def program(first: Any, arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        leaves = [next(remaining) if _is_array(leaf) else leaf for leaf in rest]
+        args, kwargs = jax.tree.unflatten(structure, leaves)
+        loss_fn(first, *args, **kwargs)
+        return ()
+
+    return program, [leaf for leaf in rest if _is_array(leaf)]
+
+
+def trace(marked: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> Trace:
     """Traces a loss whose adapter leaves marks, without computing anything.
 
     Raises:
@@ -31,25 +48,49 @@ def trace(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> Tr
                 f"the parameter {path_of(keys)!r} is of type {jnp.result_type(leaf)}, wanted a "
                 "floating-point array: pass integers as another argument of the loss"
             )
-    rest, structure = jax.tree.flatten((args, kwargs))
-    arrays = [leaf for leaf in rest if _is_array(leaf)]
-
-    def program(first: Any, arrays: list[Any]) -> tuple[()]:
-        remaining = iter(arrays)
-        leaves = [next(remaining) if _is_array(leaf) else leaf for leaf in rest]
-        args, kwargs = jax.tree.unflatten(structure, leaves)
-        loss_fn(first, *args, **kwargs)
-        return ()
-
+    program, arrays = abstractly(marked, args, kwargs)
     return read_uses(find_marks(program, first, arrays), named)
 
 
 Probes = dict[Place, Factor]
 
 
+def trace_layout(
+    traced: Callable[..., Trace],
+    probed: Callable[[Probes, bool], Callable[..., Any]],
+    first: Any,
+    args: Any,
+    kwargs: Any,
+) -> Layout:
+    """The layout of a loss, less the layers that no probe can reach.
+
+    A model may rebuild its variables or map over them, and so lose a probe or stumble over it.
+    Tracing the loss with the probes in place tells.
+    """
+    layout, places, nested = traced(first, *args, **kwargs)
+    named, _ = jax.tree_util.tree_flatten_with_path(first)
+    leaves = {path_of(keys): leaf for keys, leaf in named}
+
+    def carry(layers: Sequence[Layer]) -> None:
+        probes = {layer.path: _probe(layer, layer.dtype(leaves)) for layer in layers}
+        placed = {place: probes[path] for place, path in places.items() if path in probes}
+        program, arrays = abstractly(probed(placed, nested), args, kwargs)
+        jax.eval_shape(program, first, arrays)
+
+    try:
+        carry(layout.layers)
+    except Exception:  # whatever the model raises: find out which layers it cannot take
+        for layer in layout.layers:
+            try:
+                carry([layer])
+            except Exception as error:
+                layout = layout.without(layer, f"no probe can reach it: {error}")
+    return layout
+
+
 def value_and_grad(
     traced: Callable[..., Trace],
-    probed: Callable[[Probes], Callable[..., Any]],
+    probed: Callable[[Probes, bool], Callable[..., Any]],
     layout: Layout,
     has_aux: bool,
 ) -> Callable[..., Any]:
@@ -57,17 +98,23 @@ def value_and_grad(
 
     Args:
       traced: traces the loss on the arguments of a call.
-      probed: given the probes, the loss whose model calls carry and tap them.
+      probed: given the probes, and whether models are called inside functions that JAX traces
+        by themselves, the loss whose model calls carry and tap them.
       layout: the layers to capture.
       has_aux: whether the loss returns `(loss, aux)`.
     """
+    known: dict[Any, Trace] = {}
 
     def grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         named, _ = jax.tree_util.tree_flatten_with_path(params)
         leaves = {path_of(keys): leaf for keys, leaf in named}
         layout.check_params(leaves)
         wanted = {layer.path: layer for layer in layout.layers}
-        met, places = traced(params, *args, **kwargs)
+        signature = _signature((params, args, kwargs))
+        trace = known.get(signature) or traced(params, *args, **kwargs)
+        if signature is not None:
+            known[signature] = trace
+        met, places, nested = trace
         for layer in met.layers:
             if layer.path in wanted and layer != wanted[layer.path]:
                 raise ValueError(
@@ -82,7 +129,7 @@ def value_and_grad(
 
         def loss_fn(params: Any, probes: dict[str, Factor]) -> Any:
             placed = {place: probes[path] for place, path in places.items() if path in probes}
-            return probed(placed)(params, *args, **kwargs)
+            return probed(placed, nested)(params, *args, **kwargs)
 
         value, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=has_aux)(
             params,
@@ -92,6 +139,17 @@ def value_and_grad(
         return value, grads, factors
 
     return grad_fn
+
+
+def _signature(tree: Any) -> Any:
+    """What a trace depends on: structure, array types and other values; None if not hashable."""
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = tuple(jax.typeof(x) if _is_array(x) else (type(x), x) for x in leaves)
+    try:
+        hash(kinds)
+    except TypeError:
+        return None
+    return structure, kinds
 
 
 def _described(layer: Layer) -> str:

@@ -36,6 +36,7 @@ class Origin:
       frozen: passed through `stop_gradient`.
       cast: changed its type.
       mixed: combined element by element with other arrays (a mask, noise).
+      lost: sliced or rearranged in a way that is not followed.
     """
 
     source: Hashable
@@ -44,16 +45,38 @@ class Origin:
     frozen: bool = False
     cast: bool = False
     mixed: bool = False
+    lost: bool = False
 
     def drop(self, axis: int) -> "Origin":
         """The origin of one slice along `axis`."""
+        if self.lost:
+            return self
         kept = self.axes[:axis] + self.axes[axis + 1 :]
         return dataclasses.replace(self, axes=kept, sliced=(*self.sliced, self.axes[axis]))
+
+    def then(self, later: "Origin") -> "Origin":
+        """The origin of an array whose own origin in this one is `later`."""
+        if self.lost or later.lost:
+            return dataclasses.replace(self, lost=True)
+        return Origin(
+            self.source,
+            tuple(self.axes[axis] for axis in later.axes),
+            (*self.sliced, *(self.axes[axis] for axis in later.sliced)),
+            self.frozen or later.frozen,
+            self.cast or later.cast,
+            self.mixed or later.mixed,
+        )
 
     @property
     def whole(self) -> bool:
         """Every axis of the source is there, in its place."""
-        return not self.sliced and self.axes == tuple(sorted(self.axes))
+        return not self.lost and not self.sliced and self.axes == tuple(sorted(self.axes))
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing happened but slicing: the axes that are left are in their order."""
+        in_order = self.axes == tuple(sorted(self.axes))
+        return in_order and not (self.frozen or self.cast or self.mixed or self.lost)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +86,14 @@ class Mark:
     Attributes:
       label: what the adapter called it.
       origins: of the marked arrays; `None` where no single source is behind one.
-      custom: inside a function with a derivative rule of its own.
+      inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first.
+      order: how many times the program differentiates with respect to a marked array here.
     """
 
     label: Hashable
     origins: tuple[Origin | None, ...]
-    custom: bool
+    inside: tuple[str, ...]
+    order: int
 
 
 _mark_p = core.Primitive("adafisher_mark")
@@ -78,17 +103,17 @@ _mark_p.multiple_results = True
 def mark(outputs: Sequence[Any], parameters: Sequence[Any], label: Hashable) -> list[Any]:
     """Returns `outputs` unchanged, noting that they were computed with `parameters`."""
     removed = ((),) * len(parameters)
-    return _mark_p.bind(*outputs, *parameters, label=label, removed=removed)
+    return _mark_p.bind(*outputs, *parameters, label=label, removed=removed, order=0)
 
 
 def mark_root(leaf: Any, label: Hashable) -> Any:
     """Returns `leaf` unchanged; from here on it is the source called `label`."""
-    (leaf,) = _mark_p.bind(leaf, label=label, removed=None)
+    (leaf,) = _mark_p.bind(leaf, label=label, removed=None, order=0)
     return leaf
 
 
-# `removed` lists, for each observed parameter, the axes that enclosing `vmap`s
-# took away, innermost first; it is None for a root, which observes its output.
+# `removed` lists, for each observed parameter, the axes that enclosing `vmap`s took away,
+# innermost first; it is None for a root, whose one operand is both output and observed.
 
 
 def _outputs(operands: Sequence[Any], removed: Any) -> list[Any]:
@@ -96,26 +121,26 @@ def _outputs(operands: Sequence[Any], removed: Any) -> list[Any]:
 
 
 @_mark_p.def_impl
-def _mark_impl(*operands: Any, label: Hashable, removed: Any) -> list[Any]:
+def _mark_impl(*operands: Any, removed: Any, **_: Any) -> list[Any]:
     return _outputs(operands, removed)
 
 
 @_mark_p.def_abstract_eval
-def _mark_abstract_eval(*operands: Any, label: Hashable, removed: Any) -> list[Any]:
+def _mark_abstract_eval(*operands: Any, removed: Any, **_: Any) -> list[Any]:
     return _outputs(operands, removed)
 
 
 def _mark_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, label: Hashable, removed: Any
+    primals: Sequence[Any], tangents: Sequence[Any], *, label: Hashable, removed: Any, order: int
 ) -> tuple[list[Any], list[Any]]:
-    return (
-        _mark_p.bind(*primals, label=label, removed=removed),
-        _outputs(tangents, removed),
-    )
+    outputs = _outputs(tangents, removed)
+    observed = tangents if removed is None else tangents[len(outputs) :]
+    order += any(type(tangent) is not ad.Zero for tangent in observed)
+    return _mark_p.bind(*primals, label=label, removed=removed, order=order), outputs
 
 
 def _mark_batch(
-    operands: Sequence[Any], dims: Sequence[Any], *, label: Hashable, removed: Any
+    operands: Sequence[Any], dims: Sequence[Any], *, label: Hashable, removed: Any, order: int
 ) -> tuple[list[Any], list[Any]]:
     if removed is None:  # a slice of a source is no root: the mark is dropped
         return list(operands), list(dims)
@@ -123,7 +148,7 @@ def _mark_batch(
     removed = tuple(
         axes if dim is None else (*axes, dim) for axes, dim in zip(removed, dims[n:], strict=True)
     )
-    return _mark_p.bind(*operands, label=label, removed=removed), list(dims[:n])
+    return _mark_p.bind(*operands, label=label, removed=removed, order=order), list(dims[:n])
 
 
 ad.primitive_jvps[_mark_p] = _mark_jvp
@@ -146,7 +171,7 @@ def find_marks(fun: Callable[..., Any], *args: Any) -> list[Mark]:
         Origin(i, tuple(range(_rank(var)))) for i, var in enumerate(closed.jaxpr.invars)
     ]
     marks: list[Mark] = []
-    _follow(closed.jaxpr, sources, marks, custom=False)
+    _follow(closed.jaxpr, sources, marks, ())
     return marks
 
 
@@ -154,11 +179,15 @@ _SAME = frozenset(
     "convert_element_type stop_gradient copy copy_p reduce_precision sharding_constraint "
     "optimization_barrier name pvary pcast mesh_cast reshard layout_constraint".split()
 )
+_REARRANGING = frozenset("reshape squeeze slice dynamic_slice gather rev broadcast_in_dim".split())
 _ELEMENTWISE = frozenset("add sub mul div max min select_n clamp neg add_any".split())
 
 
 def _follow(
-    jaxpr: core.Jaxpr, arguments: Sequence[Origin | None], marks: list[Mark], custom: bool
+    jaxpr: core.Jaxpr,
+    arguments: Sequence[Origin | None],
+    marks: list[Mark],
+    inside: tuple[str, ...],
 ) -> list[Origin | None]:
     """The origins of a program's outputs; appends the marks met on the way."""
     origins: dict[core.Var, Origin | None] = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -168,16 +197,16 @@ def _follow(
 
     for eqn in jaxpr.eqns:
         operands = [origin(atom) for atom in eqn.invars]
+        within = (*inside, eqn.primitive.name)
         if eqn.primitive is _mark_p:
-            outputs = _follow_mark(eqn, operands, marks, custom)
+            outputs = _follow_mark(eqn, operands, marks, inside)
         elif eqn.primitive.name == "scan":
-            outputs = _follow_scan(eqn, operands, marks, custom)
+            outputs = _follow_scan(eqn, operands, marks, within)
         elif eqn.primitive.name == "while":
-            outputs = _follow_while(eqn, operands, marks, custom)
+            outputs = _follow_while(eqn, operands, marks, within)
         elif bodies := list(_bodies(eqn)):
-            inside = custom or eqn.primitive.name.startswith("custom_")
             skip = 1 if eqn.primitive.name == "cond" else 0
-            branches = [_follow(body, operands[skip:], marks, inside) for body in bodies]
+            branches = [_follow(body, operands[skip:], marks, within) for body in bodies]
             outputs = [_common(branch) for branch in zip(*branches, strict=True)]
         else:
             outputs = _follow_array_op(eqn, operands)
@@ -208,11 +237,11 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _follow_mark(
-    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], custom: bool
+    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], inside: tuple[str, ...]
 ) -> list[Origin | None]:
-    label, removed = eqn.params["label"], eqn.params["removed"]
+    label, removed, order = (eqn.params[name] for name in ("label", "removed", "order"))
     if removed is None:
-        marks.append(Mark(label, tuple(operands), custom))
+        marks.append(Mark(label, tuple(operands), inside, order))
         return [Origin(label, tuple(range(_rank(eqn.invars[0]))))]
     n = len(operands) - len(removed)
     seen = []
@@ -221,31 +250,31 @@ def _follow_mark(
         for axis in reversed(axes):
             found = found and found.drop(axis)
         seen.append(found)
-    marks.append(Mark(label, tuple(seen), custom))
+    marks.append(Mark(label, tuple(seen), inside, order))
     return operands[:n]
 
 
 def _follow_scan(
-    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], custom: bool
+    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], inside: tuple[str, ...]
 ) -> list[Origin | None]:
     body = eqn.params["jaxpr"].jaxpr
     consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
     fixed = operands[:consts]
     carry = operands[consts : consts + carries]
     slices = [x and x.drop(0) for x in operands[consts + carries :]]
-    carry = _invariant(lambda c: _follow(body, [*fixed, *c, *slices], [], custom)[:carries], carry)
-    outputs = _follow(body, [*fixed, *carry, *slices], marks, custom)
+    carry = _invariant(lambda c: _follow(body, [*fixed, *c, *slices], [], inside)[:carries], carry)
+    outputs = _follow(body, [*fixed, *carry, *slices], marks, inside)
     return outputs[:carries] + [None] * (len(outputs) - carries)
 
 
 def _follow_while(
-    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], custom: bool
+    eqn: core.JaxprEqn, operands: list[Origin | None], marks: list[Mark], inside: tuple[str, ...]
 ) -> list[Origin | None]:
     body = eqn.params["body_jaxpr"].jaxpr
     skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     fixed, carry = operands[skip : skip + consts], operands[skip + consts :]
-    carry = _invariant(lambda c: _follow(body, [*fixed, *c], [], custom), carry)
-    return _follow(body, [*fixed, *carry], marks, custom)
+    carry = _invariant(lambda c: _follow(body, [*fixed, *c], [], inside), carry)
+    return _follow(body, [*fixed, *carry], marks, inside)
 
 
 def _invariant(
@@ -272,6 +301,8 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: list[Origin | None]) -> list[
     if name == "transpose" and (x := operands[0]):
         axes = tuple(x.axes[i] for i in eqn.params["permutation"])
         return [dataclasses.replace(x, axes=axes)]
+    if name in _REARRANGING and (x := operands[0]):
+        return [dataclasses.replace(x, lost=True)]
     if name in _ELEMENTWISE:
         found = {x for x in operands if x}
         if len(found) == 1 and len(next(iter(found)).axes) == _rank(eqn.outvars[0]):

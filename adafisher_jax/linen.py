@@ -9,6 +9,7 @@ program (`adafisher_jax.lineage`), so the loss may cast, mask or freeze them fir
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -59,7 +60,13 @@ def trace_layout(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs:
       layers_2/kernel  dense  4   2    -        yes
       100.0% of 26 parameters under a Fisher block
     """
-    return _trace(loss_fn, params, *args, **kwargs).layout
+    return capture.trace_layout(
+        functools.partial(_trace, loss_fn),
+        functools.partial(_probed, loss_fn),
+        params,
+        args,
+        kwargs,
+    )
 
 
 def value_and_grad(
@@ -119,10 +126,11 @@ def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
         (y,) = mark([y], parameters, use)
         return y
 
-    return capture.trace(_watched(loss_fn, on_root, on_layer), params, args, kwargs)
+    watched = _watched(loss_fn, on_root, on_layer, fresh=True)
+    return capture.trace(watched, params, args, kwargs)
 
 
-def _probed(loss_fn: Callable[..., Any], probes: Probes) -> Callable[..., Any]:
+def _probed(loss_fn: Callable[..., Any], probes: Probes, nested: bool) -> Callable[..., Any]:
     def on_root(variables: dict[str, Any], call: int) -> None:
         for place, probe in probes.items():
             if place.call == call:
@@ -140,7 +148,7 @@ def _probed(loss_fn: Callable[..., Any], probes: Probes) -> Callable[..., Any]:
             )
         return y
 
-    return _watched(loss_fn, on_root, on_layer)
+    return _watched(loss_fn, on_root, on_layer, fresh=nested)
 
 
 def _entry(kind: str) -> str:
@@ -173,17 +181,16 @@ class _Watcher(NamedTuple):
     """Who is told of the root scopes made and layers called while a loss runs."""
 
     token: object
-    roots: list[Scope]
+    calls: Iterator[int]
     on_root: Callable[[dict[str, Any], int], None]
     on_layer: Callable[[int, Names, Reading, Mapping[str, Any], Any], Any]
 
     def root(self, scope: Scope) -> None:
         # Lifted transforms make scopes without a parent too, and hand the flags on to them.
         if scope.parent is None and self.token not in scope.flags:
-            index = len(self.roots)
-            self.roots.append(scope)
-            scope.flags = scope.flags.copy({self.token: index})
-            self.on_root(scope._variables, index)
+            call = next(self.calls)
+            scope.flags = scope.flags.copy({self.token: call})
+            self.on_root(scope._variables, call)
 
     def intercept(self, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         scope: Scope | None = context.module.scope
@@ -203,22 +210,28 @@ class _Watcher(NamedTuple):
         return reader(context.module, run, args, kwargs, on_call)
 
 
-# A jitted function that has been traced before is traced again while a loss is watched, and
-# what is traced then is used nowhere else: this context is part of JAX's caches' keys.
-_context = jax.make_user_context(None)
+# Part of the keys of JAX's caches. With a value of its own, a function that was traced before
+# is traced again, and what is traced then is used nowhere else.
+_trace_key = jax.make_user_context(None)
 
 
 def _watched(
-    loss_fn: Callable[..., Any], on_root: Callable[..., None], on_layer: Callable[..., Any]
+    loss_fn: Callable[..., Any],
+    on_root: Callable[..., None],
+    on_layer: Callable[..., Any],
+    fresh: bool,
 ) -> Callable[..., Any]:
-    """The loss, telling of the root scopes made and the layers called in it."""
+    """The loss, telling of the root scopes made and the layers called in it.
+
+    With `fresh`, functions inside it are traced anew, jitted ones too.
+    """
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        watcher = _Watcher(object(), [], on_root, on_layer)
+        watcher = _Watcher(object(), itertools.count(), on_root, on_layer)
         with (
             _scope_hooks.told(watcher),
             nn.intercept_methods(watcher.intercept),
-            _context(watcher.token),
+            _trace_key(watcher.token) if fresh else contextlib.nullcontext(),
         ):
             return loss_fn(*args, **kwargs)
 
@@ -236,22 +249,27 @@ class _ScopeHooks:
         self._lock = threading.Lock()
         self._users = 0
         self._local = threading.local()
-        self._originals = {
-            name: getattr(Scope, name) for name in ("__init__", "variables", "mutable_variables")
-        }
-        init, variables, mutable = self._originals.values()
+        readers = ("variables", "mutable_variables", "get_variable")
+        self._originals = {name: getattr(Scope, name) for name in ("__init__", *readers)}
+        self._hooks = {name: self._hide_probes(self._originals[name]) for name in readers}
+        self._hooks["__init__"] = self._tell_watcher(self._originals["__init__"])
 
+    def _tell_watcher(self, init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)
-        def watched_init(scope: Scope, *args: Any, **kwargs: Any) -> None:
+        def hook(scope: Scope, *args: Any, **kwargs: Any) -> None:
             init(scope, *args, **kwargs)
             if watcher := getattr(self._local, "watcher", None):
                 watcher.root(scope)
 
-        self._hooks = {
-            "__init__": watched_init,
-            "variables": lambda scope: _without_probes(variables(scope)),
-            "mutable_variables": lambda scope: _without_probes(mutable(scope)),
-        }
+        return hook
+
+    @staticmethod
+    def _hide_probes(read: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(read)
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            return _without_probes(read(*args, **kwargs))
+
+        return hook
 
     @contextlib.contextmanager
     def told(self, watcher: _Watcher) -> Iterator[None]:

@@ -62,10 +62,18 @@ class Place(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A layout, and where in the traced program the probes of its layers go."""
+    """What a traced loss tells.
+
+    Attributes:
+      layout: its layers.
+      places: where their probes go, and whose they are.
+      nested: whether a model is called inside a function that JAX traces by itself, and may
+        have traced before.
+    """
 
     layout: Layout
     places: dict[Place, str]
+    nested: bool
 
 
 def read_uses(marks: list[Mark], named: list[tuple[Any, Any]]) -> Trace:
@@ -88,16 +96,22 @@ def read_uses(marks: list[Mark], named: list[tuple[Any, Any]]) -> Trace:
         )
     for mark in uses:
         reader.add(mark)
-    return reader.finish()
+    layout, places = reader.finish()
+    nested = any(mark.inside for mark in marks if isinstance(mark.label, Root))
+    return Trace(layout, places, nested)
 
 
-def _roots(marks: list[Mark]) -> dict[Root, Origin | None]:
-    """What each array handed to a model came from."""
-    roots: dict[Root, Origin | None] = {}
+def _roots(marks: list[Mark]) -> dict[Root, Mark]:
+    """The arrays handed to models, each with its origin among the loss's arguments."""
+    roots: dict[Root, Mark] = {}
     for mark in marks:
         if isinstance(mark.label, Root):
             (origin,) = mark.origins
-            if roots.setdefault(mark.label, origin) != origin:
+            if origin and isinstance(origin.source, Root):  # handed on by another model
+                (before,) = roots[origin.source].origins
+                origin = before and before.then(origin)
+            found = dataclasses.replace(mark, origins=(origin,))
+            if roots.setdefault(mark.label, found).origins != found.origins:
                 raise ValueError(
                     f"a function that applies a model was traced once and called with different "
                     f"parameters ({'/'.join(mark.label.path)!r} differs), so their layers cannot "
@@ -126,11 +140,12 @@ class _Found(NamedTuple):
 class _Reader:
     """Collects the uses of each weight and decides which layers are covered."""
 
-    def __init__(self, roots: dict[Root, Origin | None], named: list[tuple[Any, Any]]):
+    def __init__(self, roots: dict[Root, Mark], named: list[tuple[Any, Any]]):
         self.roots = roots
         self.named = named
         self.found: dict[int, list[_Found]] = {}
         self.reasons: dict[int, str] = {}
+        self.owners: dict[str, set[int]] = {}
 
     def add(self, mark: Mark) -> None:
         """Notes one use of a layer."""
@@ -144,7 +159,7 @@ class _Reader:
         parameters = {
             name: parameter
             for (name, axes), origin in zip(roles, mark.origins, strict=True)
-            if (parameter := self._parameter(use, name, axes, origin, mark.custom))
+            if (parameter := self._parameter(mark, use, name, axes, origin))
         }
         problems = [p.problem for p in parameters.values() if p.problem]
         if problems:
@@ -157,23 +172,27 @@ class _Reader:
                 main.layer_path, use.kind, weight and weight.leaf, bias and bias.leaf, use.groups
             )
             self.found.setdefault(main.position, []).append(_Found(layer, main.place, main.frozen))
+            for leaf in layer.leaves:
+                self.owners.setdefault(leaf.path, set()).add(main.position)
 
     def _parameter(
-        self, use: Use, name: str, axes: Axes, origin: Origin | None, custom: bool
+        self, mark: Mark, use: Use, name: str, axes: Axes, origin: Origin | None
     ) -> _Parameter | None:
         """The parameter called `name`; None if it is none of ours."""
         label = self._label(use, name, origin)
-        root = self.roots.get(label) if label else origin
+        (root,) = self.roots[label].origins if label else (origin,)
         if root is None or not isinstance(root.source, int) or root.source >= len(self.named):
             return None
         if root.frozen and root.mixed:  # an averaged teacher: no gradient reaches the parameter
             return None
         problem = None
-        if custom:
+        if any(primitive.startswith("custom_") for primitive in mark.inside):
             problem = "used inside a function with its own derivative rule"
+        elif label and mark.order > self.roots[label].order:
+            problem = "differentiated inside the model"
         elif label is None or not root.whole:
             problem = "only a slice or a rearrangement of it reaches the model"
-        elif origin is None or origin.source != label or not _is_untouched(origin):
+        elif origin is None or origin.source != label or not origin.untouched:
             problem = "transformed inside the model before its layer uses it"
         keys, array = self.named[root.source]
         named = () if problem or origin is None else _named_axes(axes, origin)
@@ -194,7 +213,7 @@ class _Reader:
             (r for r in self.roots if r.call == use.call and r.path[: len(path)] == path), None
         )
 
-    def finish(self) -> Trace:
+    def finish(self) -> tuple[Layout, dict[Place, str]]:
         """The layout of all that was added, and where the probes go."""
         layers: dict[str, Layer] = {}
         places: dict[Place, str] = {}
@@ -205,6 +224,10 @@ class _Reader:
             layer = found[0].layer
             if any(f.layer != layer for f in found):
                 problem = "used by several layers that differ in their bias or axes"
+                self.reasons.update(dict.fromkeys(self._indices(found), problem))
+                continue
+            if any(self.owners[leaf.path] != {index} for leaf in layer.leaves):
+                problem = "shares its bias with another layer"
                 self.reasons.update(dict.fromkeys(self._indices(found), problem))
                 continue
             if layer.path in layers:  # two layers in one mapping: each by its own weight
@@ -222,7 +245,7 @@ class _Reader:
             for index, (keys, array) in enumerate(self.named)
             if (path := path_of(keys)) not in inside
         )
-        return Trace(Layout(tuple(layers[path] for path in sorted(layers)), uncovered), places)
+        return Layout(tuple(layers[path] for path in sorted(layers)), uncovered), places
 
     def _indices(self, found: list[_Found]) -> list[int]:
         paths = {leaf.path for f in found for leaf in f.layer.leaves}
@@ -240,11 +263,6 @@ def _one_kind(found: list[_Found]) -> list[_Found]:
             f"kinds, {' and '.join(sorted(kinds))}: one Fisher block cannot describe both"
         )
     return found
-
-
-def _is_untouched(origin: Origin) -> bool:
-    in_order = origin.axes == tuple(sorted(origin.axes))
-    return in_order and not (origin.frozen or origin.cast or origin.mixed)
 
 
 def _named_axes(inner: Axes, origin: Origin) -> Axes:

@@ -200,7 +200,7 @@ class Centered(Rule):
 
     def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
         shape = [n for n, axis in zip(leaf.shape, axes, strict=False) if axis.startswith("stack")]
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        dtype = jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32)
         return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def direction(
@@ -247,7 +247,7 @@ class Centered(Rule):
         """The momentum over the root mean square of the gradient, per stacked layer."""
         stacked = [i for i, axis in enumerate(axes) if axis.startswith("stack")]
         others = tuple(i for i in range(grad.ndim) if i not in stacked)
-        square = jnp.mean(jnp.square(grad.astype(scale.square.dtype)), others)
+        square = jnp.mean(jnp.square(jnp.abs(grad).astype(scale.square.dtype)), others)
         good = jnp.isfinite(square)
         scale = jax.tree.map(
             lambda old, new: jnp.where(good, self.b2 * old + (1 - self.b2) * new, old),

@@ -195,6 +195,8 @@ class _Reader:
         elif origin is None or origin.source != label or not origin.untouched:
             problem = "transformed inside the model before its layer uses it"
         keys, array = self.named[root.source]
+        if jnp.iscomplexobj(array):
+            problem = "complex, for which the factors are not defined"
         named = () if problem or origin is None else _named_axes(axes, origin)
         leaf = Leaf(path_of(keys), jnp.shape(array), named)
         parts = tuple(path_of((key,)) for key in keys)

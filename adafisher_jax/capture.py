@@ -34,7 +34,9 @@ def abstractly(loss_fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any
     return program, [leaf for leaf in rest if _is_array(leaf)]
 
 
-def trace(marked: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> Trace:
+def trace(
+    marked: Callable[..., Any], first: Any, args: Any, kwargs: Any
+) -> tuple[Layout, dict[Place, str]]:
     """Traces a loss whose adapter leaves marks, without computing anything.
 
     Raises:
@@ -103,18 +105,13 @@ def value_and_grad(
       layout: the layers to capture.
       has_aux: whether the loss returns `(loss, aux)`.
     """
-    known: dict[Any, Trace] = {}
 
     def grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         named, _ = jax.tree_util.tree_flatten_with_path(params)
         leaves = {path_of(keys): leaf for keys, leaf in named}
         layout.check_params(leaves)
         wanted = {layer.path: layer for layer in layout.layers}
-        signature = _signature((params, args, kwargs))
-        trace = known.get(signature) or traced(params, *args, **kwargs)
-        if signature is not None:
-            known[signature] = trace
-        met, places, nested = trace
+        met, places, nested = traced(params, *args, **kwargs)
         for layer in met.layers:
             if layer.path in wanted and layer != wanted[layer.path]:
                 raise ValueError(
@@ -139,17 +136,6 @@ def value_and_grad(
         return value, grads, factors
 
     return grad_fn
-
-
-def _signature(tree: Any) -> Any:
-    """What a trace depends on: structure, array types and other values; None if not hashable."""
-    leaves, structure = jax.tree.flatten(tree)
-    kinds = tuple(jax.typeof(x) if _is_array(x) else (type(x), x) for x in leaves)
-    try:
-        hash(kinds)
-    except TypeError:
-        return None
-    return structure, kinds
 
 
 def _described(layer: Layer) -> str:

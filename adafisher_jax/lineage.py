@@ -155,20 +155,22 @@ ad.primitive_jvps[_mark_p] = _mark_jvp
 batching.primitive_batchers[_mark_p] = _mark_batch
 
 
-def find_marks(fun: Callable[..., Any], *args: Any) -> list[Mark]:
-    """Traces `fun(*args)` and returns its marks, in program order.
+def find_marks(fun: Callable[..., Any], first: Any, *args: Any) -> list[Mark]:
+    """Traces `fun(first, *args)` and returns its marks, in program order.
 
     Args:
-      fun: a traceable function; every leaf of `args` is an array or a
-        `jax.ShapeDtypeStruct`.
-      *args: its arguments. Leaf `i` of all of them is the source `i`.
+      fun: a traceable function of arrays.
+      first: its first argument; leaf `i` is the source `i`.
+      *args: its other arguments, which are no sources.
 
     A marked array inside a loop is reported once; a function that is traced
     once and called twice is reported at each call.
     """
-    closed = jax.make_jaxpr(fun)(*args)
+    closed = jax.make_jaxpr(fun)(first, *args)
+    n = len(jax.tree.leaves(first))
     sources: list[Origin | None] = [
-        Origin(i, tuple(range(_rank(var)))) for i, var in enumerate(closed.jaxpr.invars)
+        Origin(i, tuple(range(_rank(var)))) if i < n else None
+        for i, var in enumerate(closed.jaxpr.invars)
     ]
     marks: list[Mark] = []
     _follow(closed.jaxpr, sources, marks, ())
@@ -298,6 +300,9 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: list[Origin | None]) -> list[
             x and dataclasses.replace(x, frozen=x.frozen or frozen, cast=x.cast or cast)
             for x in operands
         ]
+    if len(eqn.outvars) == 1 and any(x and x.lost for x in operands):
+        found = {x for x in operands if x}
+        return list(found) if len(found) == 1 else lost
     if name == "transpose" and (x := operands[0]):
         axes = tuple(x.axes[i] for i in eqn.params["permutation"])
         return [dataclasses.replace(x, axes=axes)]

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 from flax.core import FrozenDict
 from flax.core.scope import Scope
+from flax.core.tracers import current_trace
 
 from adafisher_jax import capture
 from adafisher_jax.capture import Probes
@@ -84,6 +85,9 @@ def value_and_grad(
       `((loss, aux), grads, factors)`: the first two are those of `jax.value_and_grad`, the
       third is a dict from layer path to `Factor`.
 
+    Call it inside the jitted train step. Called eagerly it traces the loss at every call, and
+    compiles anew each jitted function in the loss that applies a model.
+
     Raises:
       ValueError: from the returned function, if the layout is another model's or no layer of it
         was met.
@@ -104,10 +108,15 @@ def value_and_grad(
 
 
 def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Trace:
-    def on_root(variables: dict[str, Any], call: int) -> None:
-        if "params" in variables:
-            variables["params"] = jax.tree_util.tree_map_with_path(
-                lambda keys, leaf: mark_root(leaf, Root(call, _names(keys))), variables["params"]
+    nested = False
+
+    def on_root(root: _Root) -> None:
+        nonlocal nested
+        nested |= root.nested
+        if "params" in root.variables:
+            root.variables["params"] = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf: mark_root(leaf, Root(root.call, _names(keys))),
+                root.variables["params"],
             )
 
     def on_layer(call: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
@@ -127,28 +136,37 @@ def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
         return y
 
     watched = _watched(loss_fn, on_root, on_layer, fresh=True)
-    return capture.trace(watched, params, args, kwargs)
+    layout, places = capture.trace(watched, params, args, kwargs)
+    return Trace(layout, places, nested)
 
 
 def _probed(loss_fn: Callable[..., Any], probes: Probes, nested: bool) -> Callable[..., Any]:
-    def on_root(variables: dict[str, Any], call: int) -> None:
-        for place, probe in probes.items():
-            if place.call == call:
-                variables["params"] = _inserted(
-                    variables["params"], place.holder, _entry(place.kind), probe
-                )
+    missing = set(probes)
+
+    def on_root(root: _Root) -> None:
+        for place in [place for place in probes if place.call == root.call]:
+            root.variables["params"] = _inserted(
+                root.variables["params"], place.holder, _entry(place.kind), probes[place]
+            )
+            missing.discard(place)
 
     def on_layer(call: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
         if (entry := _entry(found.kind)) in held:
             return tap(found.statistic, found.x, y, held[entry])
         if Place(call, path, found.kind) in probes:
-            raise ValueError(
-                f"the probe of the layer {'/'.join(path)!r} did not reach it: its variables are "
-                "rebuilt on the way, so it cannot be captured"
-            )
+            raise ValueError(f"its variables {'/'.join(path)!r} are rebuilt on the way to it")
         return y
 
-    return _watched(loss_fn, on_root, on_layer, fresh=nested)
+    watched = _watched(loss_fn, on_root, on_layer, fresh=nested)
+
+    def probed(*args: Any, **kwargs: Any) -> Any:
+        value = watched(*args, **kwargs)
+        if missing:
+            paths = ", ".join(sorted(repr("/".join(place.holder)) for place in missing))
+            raise RuntimeError(f"the loss called other models than when traced: {paths} not met")
+        return value
+
+    return probed
 
 
 def _entry(kind: str) -> str:
@@ -177,12 +195,27 @@ def _without_probes(tree: Any) -> Any:
     )
 
 
+class _Root(NamedTuple):
+    """The making of a root scope: a model is given its variables.
+
+    Attributes:
+      call: how many were made before.
+      variables: its collections, which may be changed.
+      nested: whether JAX is tracing a function inside the loss.
+    """
+
+    call: int
+    variables: dict[str, Any]
+    nested: bool
+
+
 class _Watcher(NamedTuple):
     """Who is told of the root scopes made and layers called while a loss runs."""
 
     token: object
     calls: Iterator[int]
-    on_root: Callable[[dict[str, Any], int], None]
+    trace_level: Any
+    on_root: Callable[[_Root], None]
     on_layer: Callable[[int, Names, Reading, Mapping[str, Any], Any], Any]
 
     def root(self, scope: Scope) -> None:
@@ -190,7 +223,8 @@ class _Watcher(NamedTuple):
         if scope.parent is None and self.token not in scope.flags:
             call = next(self.calls)
             scope.flags = scope.flags.copy({self.token: call})
-            self.on_root(scope._variables, call)
+            nested = scope.trace_level != self.trace_level
+            self.on_root(_Root(call, scope._variables, nested))
 
     def intercept(self, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         scope: Scope | None = context.module.scope
@@ -227,7 +261,7 @@ def _watched(
     """
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        watcher = _Watcher(object(), itertools.count(), on_root, on_layer)
+        watcher = _Watcher(object(), itertools.count(), current_trace(), on_root, on_layer)
         with (
             _scope_hooks.told(watcher),
             nn.intercept_methods(watcher.intercept),

@@ -67,7 +67,7 @@ class Trace(NamedTuple):
     Attributes:
       layout: its layers.
       places: where their probes go, and whose they are.
-      nested: whether a model is called inside a function that JAX traces by itself, and may
+      nested: whether a model is called inside a function that JAX traces by itself, and so may
         have traced before.
     """
 
@@ -76,8 +76,8 @@ class Trace(NamedTuple):
     nested: bool
 
 
-def read_uses(marks: list[Mark], named: list[tuple[Any, Any]]) -> Trace:
-    """Matches the uses of layers with parameters.
+def read_uses(marks: list[Mark], named: list[tuple[Any, Any]]) -> tuple[Layout, dict[Place, str]]:
+    """Matches the uses of layers with parameters; returns a layout and the places of its probes.
 
     Args:
       marks: of a traced loss.
@@ -96,9 +96,7 @@ def read_uses(marks: list[Mark], named: list[tuple[Any, Any]]) -> Trace:
         )
     for mark in uses:
         reader.add(mark)
-    layout, places = reader.finish()
-    nested = any(mark.inside for mark in marks if isinstance(mark.label, Root))
-    return Trace(layout, places, nested)
+    return reader.finish()
 
 
 def _roots(marks: list[Mark]) -> dict[Root, Mark]:
@@ -135,6 +133,7 @@ class _Found(NamedTuple):
     layer: Layer
     place: Place
     frozen: bool
+    looped: bool
 
 
 class _Reader:
@@ -171,7 +170,8 @@ class _Reader:
             layer = Layer(
                 main.layer_path, use.kind, weight and weight.leaf, bias and bias.leaf, use.groups
             )
-            self.found.setdefault(main.position, []).append(_Found(layer, main.place, main.frozen))
+            found = _Found(layer, main.place, main.frozen, "while" in mark.inside)
+            self.found.setdefault(main.position, []).append(found)
             for leaf in layer.leaves:
                 self.owners.setdefault(leaf.path, set()).add(main.position)
 
@@ -181,7 +181,7 @@ class _Reader:
         """The parameter called `name`; None if it is none of ours."""
         label = self._label(use, name, origin)
         (root,) = self.roots[label].origins if label else (origin,)
-        if root is None or not isinstance(root.source, int) or root.source >= len(self.named):
+        if root is None or not isinstance(root.source, int):
             return None
         if root.frozen and root.mixed:  # an averaged teacher: no gradient reaches the parameter
             return None
@@ -235,14 +235,15 @@ class _Reader:
             if layer.path in layers:  # two layers in one mapping: each by its own weight
                 layer = dataclasses.replace(layer, path=layer.leaves[0].path)
             layers[layer.path] = layer
-            # Where a layer is used both live and behind stop_gradient, only the live uses count.
-            live = [f for f in found if not f.frozen] or found
+            # Behind stop_gradient a layer counts only where it is not used live too, and not
+            # in a loop that cannot be differentiated backwards.
+            live = [f for f in found if not f.frozen] or [f for f in found if not f.looped]
             places.update({f.place: layer.path for f in live})
         inside = {leaf.path for layer in layers.values() for leaf in layer.leaves}
         uncovered = tuple(
             Uncovered(
                 Leaf(path, jnp.shape(array)),
-                self.reasons.get(index, "no layer of a known kind uses it"),
+                self.reasons.get(index, "no layer of a known kind uses it as it is"),
             )
             for index, (keys, array) in enumerate(self.named)
             if (path := path_of(keys)) not in inside

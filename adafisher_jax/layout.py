@@ -227,7 +227,7 @@ def _row(leaf: Leaf, kind: str, reason: str = "") -> tuple[str, ...]:
         sizes = ("-", "×".join(map(str, leaf.shape)) or "1", "-")
     else:
         sizes = (_sizes(leaf, "in"), _sizes(leaf, "out"), _sizes(leaf, "stack", "batch"))
-    return (leaf.path, kind, *sizes, f"no: {reason}" if reason else "yes")
+    return (leaf.path or "(root)", kind, *sizes, f"no: {reason}" if reason else "yes")
 
 
 def _sizes(leaf: Leaf, *roles: str) -> str:

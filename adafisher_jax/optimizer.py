@@ -142,17 +142,14 @@ def scale_by_adafisher(
         directions: dict[Any, Any] = {}
         scales: dict[Any, Any] = {}
         for layer in own:
-            paths = [leaf.path if leaf else None for leaf in (layer.weight, layer.bias)]
-            direction, scale = chosen.direction(
+            paths = Pair(*(leaf and leaf.path for leaf in (layer.weight, layer.bias)))
+            found = chosen.direction(
                 layer,
                 curvatures[layer.path],
-                *(
-                    Pair(*(of.get(p or "") for p in paths))
-                    for of in (momentum, grads, state.scales)
-                ),
+                *(paths.pick(of) for of in (momentum, grads, state.scales)),
             )
-            directions.update(zip(paths, direction, strict=True))
-            scales.update(zip(paths, scale, strict=True))
+            for into, pair in zip((directions, scales), found, strict=True):
+                into.update(zip(paths, pair, strict=True))
         for path, g in grads.items():
             if path not in directions:
                 directions[path], scales[path] = chosen.fallback(

@@ -6,6 +6,7 @@ Nothing here knows about optax, Flax or where the factors come from.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,10 @@ class Pair(NamedTuple):
 
     weight: Any
     bias: Any
+
+    def pick(self, values: Mapping[str, Any]) -> "Pair":
+        """What a mapping holds for a pair of paths."""
+        return Pair(*(None if path is None else values.get(path) for path in self))
 
 
 class Scale(NamedTuple):

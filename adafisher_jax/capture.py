@@ -105,8 +105,10 @@ def value_and_grad(
       layout: the layers to capture.
       has_aux: whether the loss returns `(loss, aux)`.
     """
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout")
 
-    def grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         named, _ = jax.tree_util.tree_flatten_with_path(params)
         leaves = {path_of(keys): leaf for keys, leaf in named}
         layout.check_params(leaves)

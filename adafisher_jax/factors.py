@@ -23,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Axes = tuple[str, ...]
+
 
 class Factor(NamedTuple):
     """Diagonal Kronecker factors of one layer (DESIGN: `H = E[h̄²]`, `S = E[s²]`).
@@ -51,23 +53,6 @@ class Factor(NamedTuple):
         """
         n = jnp.maximum(self.rows, 1)
         return Factor(self.h / n, self.s / n, self.rows, self.mean / n)
-
-
-def is_usable(factor: Factor, inner: tuple[int, ...]) -> jax.Array:
-    """Whether each block of a factor is finite and took part in the loss.
-
-    Args:
-      factor: statistics, with `rows` shaped to broadcast against them.
-      inner: the axes that lie within one block (neither stacked nor batched).
-
-    Returns:
-      A boolean shaped like `rows`.
-    """
-    finite = [
-        jnp.all(jnp.isfinite(leaf), axis=inner, keepdims=True)
-        for leaf in (factor.h, factor.s, factor.mean)
-    ]
-    return finite[0] & finite[1] & finite[2] & jnp.isfinite(factor.rows) & (factor.rows > 0)
 
 
 def minmax(

@@ -9,9 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafisher_jax.factors import Factor
-
-Axes = tuple[str, ...]
+from adafisher_jax.factors import Axes, Factor
 
 
 def path_of(keys: tuple[Any, ...]) -> str:

@@ -300,16 +300,24 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: list[Origin | None]) -> list[
             x and dataclasses.replace(x, frozen=x.frozen or frozen, cast=x.cast or cast)
             for x in operands
         ]
-    if len(eqn.outvars) == 1 and any(x and x.lost for x in operands):
-        found = {x for x in operands if x}
-        return list(found) if len(found) == 1 else lost
     if name == "transpose" and (x := operands[0]):
+        if x.lost:
+            return [x]
         axes = tuple(x.axes[i] for i in eqn.params["permutation"])
         return [dataclasses.replace(x, axes=axes)]
     if name in _REARRANGING and (x := operands[0]):
         return [dataclasses.replace(x, lost=True)]
     if name in _ELEMENTWISE:
-        found = {x for x in operands if x}
-        if len(found) == 1 and len(next(iter(found)).axes) == _rank(eqn.outvars[0]):
-            return [dataclasses.replace(found.pop(), mixed=True)]
+        return [_mixed([x for x in operands if x])]
     return lost
+
+
+def _mixed(origins: list[Origin]) -> Origin | None:
+    """The origin of an elementwise combination: that of the one operand that is still a parameter.
+
+    Beside it, what is frozen or lost (noise, a gradient step, a straight-through rounding)
+    counts as data.
+    """
+    exact = {dataclasses.replace(x, mixed=True) for x in origins if not x.lost}
+    found = {x for x in exact if not x.frozen} or exact or set(origins)
+    return found.pop() if len(found) == 1 else None

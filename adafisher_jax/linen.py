@@ -7,29 +7,24 @@ the tap on the layer's output. Which parameters a root scope was given is read o
 program (`adafisher_jax.lineage`), so the loss may cast, mask or freeze them first.
 """
 
-import contextlib
 import functools
-import itertools
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import flax.linen as nn
 import jax
 from flax.core import FrozenDict
-from flax.core.scope import Scope
-from flax.core.tracers import current_trace
 
 from adafisher_jax import capture
 from adafisher_jax.capture import Probes
 from adafisher_jax.layout import Layout
 from adafisher_jax.lineage import mark, mark_root
-from adafisher_jax.linen_layers import READERS, Reading
+from adafisher_jax.linen_layers import Reading
+from adafisher_jax.linen_watch import RootMade, probe_name, watched
 from adafisher_jax.tap import tap
 from adafisher_jax.uses import Names, Place, Root, Trace, Use
 
 
-def trace_layout(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Layout:
+def trace_layout(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Layout:
     """Finds the layers that `loss_fn(params, *args, **kwargs)` calls, without computing anything.
 
     Args:
@@ -107,10 +102,10 @@ def value_and_grad(
     )
 
 
-def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Trace:
+def _trace(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Trace:
     nested = False
 
-    def on_root(root: _Root) -> None:
+    def on_root(root: RootMade) -> None:
         nonlocal nested
         nested |= root.nested
         if "params" in root.variables:
@@ -135,43 +130,38 @@ def _trace(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
         (y,) = mark([y], parameters, use)
         return y
 
-    watched = _watched(loss_fn, on_root, on_layer, fresh=True)
-    layout, places = capture.trace(watched, params, args, kwargs)
+    run = watched(loss_fn, on_root, on_layer, fresh=True)
+    layout, places = capture.trace(run, params, args, kwargs)
     return Trace(layout, places, nested)
 
 
 def _probed(loss_fn: Callable[..., Any], probes: Probes, nested: bool) -> Callable[..., Any]:
     missing = set(probes)
 
-    def on_root(root: _Root) -> None:
+    def on_root(root: RootMade) -> None:
         for place in [place for place in probes if place.call == root.call]:
             root.variables["params"] = _inserted(
-                root.variables["params"], place.holder, _entry(place.kind), probes[place]
+                root.variables["params"], place.holder, probe_name(place.kind), probes[place]
             )
             missing.discard(place)
 
     def on_layer(call: int, path: Names, found: Reading, held: Mapping[str, Any], y: Any) -> Any:
-        if (entry := _entry(found.kind)) in held:
+        if (entry := probe_name(found.kind)) in held:
             return tap(found.statistic, found.x, y, held[entry])
         if Place(call, path, found.kind) in probes:
             raise ValueError(f"its variables {'/'.join(path)!r} are rebuilt on the way to it")
         return y
 
-    watched = _watched(loss_fn, on_root, on_layer, fresh=nested)
+    run = watched(loss_fn, on_root, on_layer, fresh=nested)
 
     def probed(*args: Any, **kwargs: Any) -> Any:
-        value = watched(*args, **kwargs)
+        value = run(*args, **kwargs)
         if missing:
             paths = ", ".join(sorted(repr("/".join(place.holder)) for place in missing))
-            raise RuntimeError(f"the loss called other models than when traced: {paths} not met")
+            raise ValueError(f"the loss called other models than when traced: {paths} not met")
         return value
 
     return probed
-
-
-def _entry(kind: str) -> str:
-    """The name of a probe beside its weight; no parameter's, and one for each kind."""
-    return f"adafisher:{kind}"
 
 
 def _names(keys: tuple[Any, ...]) -> Names:
@@ -185,143 +175,3 @@ def _inserted(tree: Mapping[str, Any], path: Names, name: str, value: Any) -> Ma
         name = path[0]
     copied = {**tree, name: value}
     return FrozenDict(copied) if isinstance(tree, FrozenDict) else copied
-
-
-def _without_probes(tree: Any) -> Any:
-    if not isinstance(tree, dict | FrozenDict):
-        return tree
-    return type(tree)(
-        {k: _without_probes(v) for k, v in tree.items() if not k.startswith("adafisher:")}
-    )
-
-
-class _Root(NamedTuple):
-    """The making of a root scope: a model is given its variables.
-
-    Attributes:
-      call: how many were made before.
-      variables: its collections, which may be changed.
-      nested: whether JAX is tracing a function inside the loss.
-    """
-
-    call: int
-    variables: dict[str, Any]
-    nested: bool
-
-
-class _Watcher(NamedTuple):
-    """Who is told of the root scopes made and layers called while a loss runs."""
-
-    token: object
-    calls: Iterator[int]
-    trace_level: Any
-    on_root: Callable[[_Root], None]
-    on_layer: Callable[[int, Names, Reading, Mapping[str, Any], Any], Any]
-
-    def root(self, scope: Scope) -> None:
-        # Lifted transforms make scopes without a parent too, and hand the flags on to them.
-        if scope.parent is None and self.token not in scope.flags:
-            call = next(self.calls)
-            scope.flags = scope.flags.copy({self.token: call})
-            nested = scope.trace_level != self.trace_level
-            self.on_root(_Root(call, scope._variables, nested))
-
-    def intercept(self, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        scope: Scope | None = context.module.scope
-        reader = READERS.get(context.orig_method.func)
-        if reader is None or scope is None or self.token not in scope.flags:
-            return run(*args, **kwargs)
-
-        def on_call(found: Reading, y: Any) -> Any:
-            held = scope._collection("params")
-            for name in found.inside:
-                held = held.get(name, {})
-            if not {found.weight, found.bias} & held.keys():
-                return y
-            path = (*scope.path, *found.inside)
-            return self.on_layer(scope.flags[self.token], path, found, held, y)
-
-        return reader(context.module, run, args, kwargs, on_call)
-
-
-# Part of the keys of JAX's caches. With a value of its own, a function that was traced before
-# is traced again, and what is traced then is used nowhere else.
-_trace_key = jax.make_user_context(None)
-
-
-def _watched(
-    loss_fn: Callable[..., Any],
-    on_root: Callable[..., None],
-    on_layer: Callable[..., Any],
-    fresh: bool,
-) -> Callable[..., Any]:
-    """The loss, telling of the root scopes made and the layers called in it.
-
-    With `fresh`, functions inside it are traced anew, jitted ones too.
-    """
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        watcher = _Watcher(object(), itertools.count(), current_trace(), on_root, on_layer)
-        with (
-            _scope_hooks.told(watcher),
-            nn.intercept_methods(watcher.intercept),
-            _trace_key(watcher.token) if fresh else contextlib.nullcontext(),
-        ):
-            return loss_fn(*args, **kwargs)
-
-    return watched
-
-
-class _ScopeHooks:
-    """Hooks on Flax's `Scope`, in place while any thread watches a loss.
-
-    Linen offers interceptors for methods but none for the making of a root scope, and a model
-    whose own class is lifted is intercepted only inside the lift.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._local = threading.local()
-        readers = ("variables", "mutable_variables", "get_variable")
-        self._originals = {name: getattr(Scope, name) for name in ("__init__", *readers)}
-        self._hooks = {name: self._hide_probes(self._originals[name]) for name in readers}
-        self._hooks["__init__"] = self._tell_watcher(self._originals["__init__"])
-
-    def _tell_watcher(self, init: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(init)
-        def hook(scope: Scope, *args: Any, **kwargs: Any) -> None:
-            init(scope, *args, **kwargs)
-            if watcher := getattr(self._local, "watcher", None):
-                watcher.root(scope)
-
-        return hook
-
-    @staticmethod
-    def _hide_probes(read: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(read)
-        def hook(*args: Any, **kwargs: Any) -> Any:
-            return _without_probes(read(*args, **kwargs))
-
-        return hook
-
-    @contextlib.contextmanager
-    def told(self, watcher: _Watcher) -> Iterator[None]:
-        """Tells `watcher` of the root scopes this thread makes."""
-        outer = getattr(self._local, "watcher", None)
-        self._local.watcher = watcher
-        self._change_users(1)
-        try:
-            yield
-        finally:
-            self._change_users(-1)
-            self._local.watcher = outer
-
-    def _change_users(self, by: int) -> None:
-        with self._lock:
-            self._users += by
-            for name, method in (self._hooks if self._users else self._originals).items():
-                setattr(Scope, name, method)
-
-
-_scope_hooks = _ScopeHooks()

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import opt_einsum
-from flax.linen.linear import _Conv, canonicalize_padding
+from flax.linen.linear import canonicalize_padding
 
 from adafisher_jax import statistics
-from adafisher_jax.statistics import Window, WrappedWindow
+from adafisher_jax.statistics import Window
 
 
 class Reading(NamedTuple):
@@ -126,7 +126,7 @@ def _conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
     size = _tuple(module.kernel_size)
     rank = len(size)
     padding = canonicalize_padding(module.padding, rank)
-    windows: list[Window | WrappedWindow] = []
+    windows = []
     for axis, (k, n, m, stride, dilation) in enumerate(
         zip(
             size,
@@ -139,8 +139,8 @@ def _conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
     ):
         reach = (k - 1) * dilation + 1
         match padding:
-            case "CIRCULAR":
-                windows.append(WrappedWindow(k, n))
+            case "CIRCULAR":  # each kernel position reads each input position once
+                windows.append(Window(k, n, n, margin=(0, k - 1), mode="wrap"))
                 continue
             case "SAME":  # as jax.lax.conv_transpose pads
                 low = reach - 1 if stride > reach - 1 else -(-(reach + stride - 2) // 2)
@@ -222,7 +222,7 @@ READERS: Mapping[Any, Reader] = MappingProxyType(
                 _called(nn.Dense.__call__, _dense),
                 _called(nn.DenseGeneral.__call__, _dense_general),
                 _called(nn.Einsum.__call__, _einsum),
-                _called(_Conv.__call__, _conv),
+                _called(nn.Conv.__call__, _conv),
                 _called(nn.ConvTranspose.__call__, _conv_transpose),
                 _called(nn.Embed.__call__, _lookup),
                 _called(nn.Embed.attend, _attend),

@@ -8,7 +8,7 @@ import optax
 
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, check_factors, path_of
-from adafisher_jax.rules import Curvature, Pair, Scale, make_rule
+from adafisher_jax.rules import Curvature, Pair, Scale, check_fraction, make_rule
 
 
 class ScaleByAdaFisherState(NamedTuple):
@@ -66,9 +66,10 @@ def scale_by_adafisher(
       A transformation whose `update` takes `factors` as an extra argument.
 
     Raises:
-      ValueError: for an unknown rule, a negative damping, and, from `init` and `update`, a
-        layout or factors whose shapes are another model's.
-      TypeError: from `init`, for a parameter that is not floating-point.
+      ValueError: for an unknown rule, a negative damping or a decay outside [0, 1), and, from
+        `init` and `update`, for a layout or factors whose shapes are another model's.
+      TypeError: for a layout that is none, and, from `init`, a parameter that is not
+        floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,6 +80,9 @@ def scale_by_adafisher(
       [1.0, 2.0]
     """
     chosen = make_rule(rule, curvature_ema, damping)
+    check_fraction("b1", b1)
+    if not isinstance(layout, Layout | None):
+        raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout or None")
     layers = layout.layers if layout is not None else ()
 
     def own_layers(leaves: dict[str, Any]) -> tuple[Layer, ...]:
@@ -174,7 +178,9 @@ def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     found = {path_of(keys): leaf for keys, leaf in leaves}
     if len(found) < len(leaves):
-        raise ValueError("two parameters have the same path: a key contains '/'")
+        paths = [path_of(keys) for keys, _ in leaves]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"two parameters have the path {twice!r}: a key contains '/'")
     return found, treedef
 
 

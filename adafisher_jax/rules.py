@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adafisher_jax.factors import Factor, minmax
-from adafisher_jax.layout import Axes, Layer
+from adafisher_jax.factors import Axes, Factor, minmax
+from adafisher_jax.layout import Layer
 
 
 class Curvature(NamedTuple):
@@ -108,7 +108,7 @@ def _minmax(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`h` and its bias slot scaled as one vector and `s` as another, block by block."""
     if layer.bias is None or layer.kind == "norm":  # there is no slot, or `h` has it inside
-        (h,) = minmax((h,), layer.inner, epsilon)
+        (h,), slot = minmax((h,), layer.inner, epsilon), jnp.zeros_like(slot)
     else:
         h, slot = minmax((h, slot), layer.inner, epsilon)
     (s,) = minmax((s,), layer.inner, epsilon)
@@ -284,11 +284,16 @@ def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
     rule, default_ema, default_damping = _RULES[name]
     ema = default_ema if ema is None else ema
     damping = default_damping if damping is None else damping
-    if _is_known(ema) and not 0 <= ema < 1:
-        raise ValueError(f"curvature_ema: got {ema}, wanted a number in [0, 1)")
+    check_fraction("curvature_ema", ema)
     if _is_known(damping) and not damping >= 0:
         raise ValueError(f"damping: got {damping}, wanted a number of at least 0")
     return rule(ema, damping)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises a `ValueError` for a decay outside [0, 1), unless it is traced."""
+    if _is_known(value) and not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, wanted a number in [0, 1)")
 
 
 def _is_known(value: Any) -> bool:

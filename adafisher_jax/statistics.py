@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Axes = tuple[str, ...]
+from adafisher_jax.factors import Axes
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -175,18 +175,25 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
-class WrappedWindow:
-    """Along a circular transposed convolution, each kernel position reads each input once."""
+class _Spatial:
+    """A layer whose kernel moves along the last axes but one of its input."""
 
-    size: int
-    inputs: int
+    windows: tuple[Window, ...]
 
-    def counts(self) -> np.ndarray:
-        return np.ones((self.size, self.inputs))
+    def _gather(self, total: jax.Array) -> jax.Array:
+        """Sums a batch sum of the input into the kernel's in axes."""
+        raise TypeError("what a kernel reads is a matter of the kind of layer")
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch = tuple(range(x.ndim - len(self.windows) - 1))
+        return (
+            self._gather(_sum_squares(x, batch)),
+            self._gather(jnp.sum(_wide(x), axis=batch)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
+class Convolution(_Spatial):
     r"""A convolution of any rank, stride, dilation, padding and group count, channels last.
 
     With `A` counting how often kernel position `i` reads input position `p` on one axis,
@@ -201,7 +208,6 @@ class Convolution:
       transposed: the kernel's last two axes are (out, in).
     """
 
-    windows: tuple[Window | WrappedWindow, ...]
     groups: int = 1
     transposed: bool = False
 
@@ -226,13 +232,6 @@ class Convolution:
             total = jnp.moveaxis(moved, 0, axis)
         return jnp.expand_dims(total, -2 if self.transposed else -1)
 
-    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batch = tuple(range(x.ndim - len(self.windows) - 1))
-        return (
-            self._gather(_sum_squares(x, batch)),
-            self._gather(jnp.sum(_wide(x), axis=batch)),
-        )
-
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         s = _sum_squares(g, range(g.ndim - 1))
         end = (s.size, 1) if self.transposed else (1, s.size)
@@ -243,14 +242,12 @@ class Convolution:
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalConvolution:
+class LocalConvolution(_Spatial):
     """A convolution with a kernel of its own at every output position.
 
     The kernel is (*positions, channels × window, features), the window's last axis fastest;
     each position is a block with the batch as its rows.
     """
-
-    windows: tuple[Window, ...]
 
     @property
     def weight_axes(self) -> Axes:
@@ -271,13 +268,6 @@ class LocalConvolution:
             total = part * jnp.asarray(found >= 0, part.dtype).reshape(shape)
         order = [*range(1, 2 * rank, 2), 2 * rank, *range(0, 2 * rank, 2)]
         return total.transpose(order).reshape(*(w.outputs for w in self.windows), -1, 1)
-
-    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batch = tuple(range(x.ndim - len(self.windows) - 1))
-        return (
-            self._gather(_sum_squares(x, batch)),
-            self._gather(jnp.sum(_wide(x), axis=batch)),
-        )
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         s = _sum_squares(g, range(g.ndim - len(self.windows) - 1))

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from adafisher_jax.layout import Axes, Layer, Layout, Leaf, Uncovered, path_of
+from adafisher_jax.factors import Axes
+from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, path_of
 from adafisher_jax.lineage import Mark, Origin
 
 Names = tuple[str, ...]

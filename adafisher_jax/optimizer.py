@@ -180,7 +180,7 @@ def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
     if len(found) < len(leaves):
         paths = [path_of(keys) for keys, _ in leaves]
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"two parameters have the path {twice!r}: a key contains '/'")
+        raise ValueError(f"two parameters have the same path {twice!r}: a key contains '/'")
     return found, treedef
 
 

@@ -198,7 +198,7 @@ class Centered(Rule):
 
     where :math:`g_{rms}^2` is the running mean square of the centered gradient, one number for
     each parameter (and stacked layer). The loss's scale drops out. Without a bias
-    :math:`\mu = 0`; a normalization layer has :math:`\hat H = 1`.
+    :math:`\mu = 0`; a normalization layer is divided by the root of its `S` alone.
     """
 
     b2 = 0.99

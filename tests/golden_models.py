@@ -15,7 +15,9 @@ class Model(nn.Module):
         kind = str(self.setting(name, "kind"))
         bias = bool(self.setting(name, "bias"))
         if kind == "linear":
-            return nn.Dense(int(self.setting(name, "out_features")), use_bias=bias, name=name, **F64)
+            return nn.Dense(
+                int(self.setting(name, "out_features")), use_bias=bias, name=name, **F64
+            )
         if kind == "conv2d":
             return nn.Conv(
                 int(self.setting(name, "out_channels")),
@@ -86,7 +88,9 @@ def batch(archive, step):
 
 
 def make_loss(archive):
-    model = Model({key: archive[key] for key in archive.files if key.startswith(("layer", "config"))})
+    model = Model(
+        {key: archive[key] for key in archive.files if key.startswith(("layer", "config"))}
+    )
 
     def loss_fn(params, x, y):
         out, _ = model.apply({"params": params}, x, mutable=["batch_stats"])

@@ -30,9 +30,10 @@ def probe_name(kind: str) -> str:
 
 
 def _without_probes(tree: Any) -> Any:
-    if not isinstance(tree, dict | FrozenDict):
+    if type(tree) not in (dict, FrozenDict):
         return tree
-    return type(tree)({k: _without_probes(v) for k, v in tree.items() if not k.startswith(_PREFIX)})
+    shown = {key: value for key, value in tree.items() if not str(key).startswith(_PREFIX)}
+    return type(tree)({key: _without_probes(value) for key, value in shown.items()})
 
 
 class RootMade(NamedTuple):

@@ -385,3 +385,25 @@ def test_the_model_never_sees_a_probe(x):
     assert "adafisher" not in str(aux)
     assert len(watched) >= 2 * len(plain)
     assert watched == plain * (len(watched) // len(plain))
+
+
+class Counting(nn.Module):
+    """Keeps a mapping whose keys are no strings."""
+
+    @nn.compact
+    def __call__(self, x):
+        seen = self.variable("state", "seen", lambda: {0: jnp.zeros(())})
+        seen.value = {0: seen.value[0] + 1}
+        return Dense(2)(x)
+
+
+def test_variables_of_any_mapping(x):
+    params = random_params(Counting(), x)
+
+    def loss_fn(params, x):
+        y, updated = Counting().apply({"params": params}, x, mutable="state")
+        return scalar(y) + updated["state"]["seen"][0]
+
+    layout, factors = captured(loss_fn, params, x)
+    assert layout.covered == 1
+    assert_factors(factors, factors_of(loss_fn, params, x))

@@ -27,7 +27,7 @@ Axes = tuple[str, ...]
 
 
 class Factor(NamedTuple):
-    """Diagonal Kronecker factors of one layer (DESIGN: `H = E[h̄²]`, `S = E[s²]`).
+    """Diagonal Kronecker factors of one layer: `H = E[h̄²]`, `S = E[s²]`.
 
     Attributes:
       h: mean over rows of the squared inputs.

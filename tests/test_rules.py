@@ -102,7 +102,7 @@ class Reading:
         return self.divide(m_w, m_b, self.h[:, :, None] * self.s[:, None, :] + LAMBDA)
 
     def centered(self, m_w, m_b, g_w, g_b, factor):
-        """DESIGN section 1, "centered"; a scalar RMS scale before the first refresh."""
+        """The formula of `Centered`; a scalar RMS scale before the first refresh."""
         n, outs = m_w.shape[1:]
         if factor:
             self.refreshes += 1

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,12 @@ def x64():
     """Computes in double precision for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def x(x64):
+    """Four rows of three inputs, in double precision."""
+    return jnp.array([[0.3, -1.2, 0.7], [1.5, 0.2, -0.4], [0.1, 0.9, 2.0], [-0.6, 0.5, -1.1]])
 
 
 @pytest.fixture

@@ -19,6 +19,9 @@ import numpy as np
 import adafisher_jax as af
 from adafisher_jax import Factor
 
+F64 = jnp.float64
+Dense = functools.partial(nn.Dense, param_dtype=F64)
+
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 DENSE = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
 CONVS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)

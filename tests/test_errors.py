@@ -76,7 +76,8 @@ def test_bad_settings(make, options, parts):
 @pytest.mark.parametrize("rule", RULES)
 def test_extreme_settings_are_taken(rule):
     for options in ({"damping": 0}, {"damping": 0.0, "curvature_ema": 0.0}, {"damping": 1e9}):
-        af.scale_by_adafisher(LAYOUT, rule=rule, **options)
+        state = af.scale_by_adafisher(LAYOUT, rule=rule, **options).init(PARAMS)
+        assert state.factors.keys() == {layer.path for layer in LAYOUT.layers}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -4,11 +4,11 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.reference import (
+    F64,
     assert_factors,
     captured,
     factors_of,
@@ -19,7 +19,6 @@ from tests.reference import (
     scalar,
 )
 
-F64 = jnp.float64
 Dense, DenseGeneral, Einsum, Conv, ConvLocal, ConvTranspose, Embed = (
     functools.partial(layer, param_dtype=F64)
     for layer in (

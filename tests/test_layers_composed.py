@@ -10,6 +10,7 @@ import pytest
 
 import adafisher_jax as af
 from tests.reference import (
+    F64,
     assert_factors,
     captured,
     factors_of,
@@ -19,7 +20,6 @@ from tests.reference import (
     scalar,
 )
 
-F64 = jnp.float64
 f64 = functools.partial(functools.partial, param_dtype=F64)
 TOKENS = np.array([[0, 3, 3], [1, 3, 0]])
 

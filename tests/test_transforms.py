@@ -9,6 +9,7 @@ import pytest
 
 from tests.reference import (
     Block,
+    Dense,
     assert_factors,
     captured,
     in_turn,
@@ -21,16 +22,7 @@ from tests.reference import (
     under,
 )
 
-F64 = jnp.float64
-Dense = functools.partial(nn.Dense, param_dtype=F64)
-X = [[0.3, -1.2, 0.7], [1.5, 0.2, -0.4], [0.1, 0.9, 2.0], [-0.6, 0.5, -1.1]]
-
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-@pytest.fixture
-def x(x64):
-    return jnp.asarray(X)
 
 
 class Step(nn.Module):

@@ -11,6 +11,7 @@ from flax.linen.batch_apply import BatchApply
 
 import adafisher_jax as af
 from tests.reference import (
+    Dense,
     assert_factors,
     captured,
     factors_of,
@@ -21,15 +22,7 @@ from tests.reference import (
     scalar,
 )
 
-Dense = functools.partial(nn.Dense, param_dtype=jnp.float64)
-X = [[0.3, -1.2, 0.7], [1.5, 0.2, -0.4], [0.1, 0.9, 2.0], [-0.6, 0.5, -1.1]]
-
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-@pytest.fixture
-def x(x64):
-    return jnp.asarray(X)
 
 
 class Block(nn.Module):

@@ -11,6 +11,8 @@ import pytest
 
 import adafisher_jax as af
 from tests.reference import (
+    F64,
+    Dense,
     assert_factors,
     captured,
     factors_of,
@@ -23,16 +25,7 @@ from tests.reference import (
     stack,
 )
 
-F64 = jnp.float64
-Dense = functools.partial(nn.Dense, param_dtype=F64)
-X = [[0.3, -1.2, 0.7], [1.5, 0.2, -0.4], [0.1, 0.9, 2.0], [-0.6, 0.5, -1.1]]
-
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-@pytest.fixture
-def x(x64):
-    return jnp.asarray(X)
 
 
 def mapped(change, init=False, mutable=False):

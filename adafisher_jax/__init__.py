@@ -1,9 +1,10 @@
 """AdaFisher for JAX: curvature-aware training as an optax transformation."""
 
-from adafisher_jax import statistics
+from adafisher_jax import nnx, statistics
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered
 from adafisher_jax.linen import trace_layout, value_and_grad
+from adafisher_jax.micro_batches import accumulate, add_micro_batch
 from adafisher_jax.optimizer import (
     ScaleByAdaFisherState,
     adafisher,
@@ -11,6 +12,7 @@ from adafisher_jax.optimizer import (
     scale_by_adafisher,
 )
 from adafisher_jax.tap import tap
+from adafisher_jax.train_state import TrainState
 
 __all__ = [
     "Factor",
@@ -18,9 +20,13 @@ __all__ = [
     "Layout",
     "Leaf",
     "ScaleByAdaFisherState",
+    "TrainState",
     "Uncovered",
+    "accumulate",
     "adafisher",
     "adafisherw",
+    "add_micro_batch",
+    "nnx",
     "scale_by_adafisher",
     "statistics",
     "tap",

@@ -1,48 +1,60 @@
-"""Tracing a loss for its layout, and differentiating it together with its probes."""
+"""Capturing a loss: its layout, and its gradients together with its factors.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+A loss is traced once, with the layers it calls leaving marks. The traced program tells which
+parameters they use; given probes there, it is differentiated.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, path_of
 from adafisher_jax.lineage import find_marks
-from adafisher_jax.uses import Place, Trace, read_uses
+from adafisher_jax.probes import insert_probes
+from adafisher_jax.uses import Uses, read_uses
+from adafisher_jax.watch import watching
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+class _Traced(NamedTuple):
+    """A traced loss.
 
-
-def abstractly(loss_fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
-    """A function of a loss's first argument and its other arrays, and those arrays.
-
-    What is no array is passed to the loss as it is.
+    Attributes:
+      program: of the leaves of the loss's first argument, and of the other arrays.
+      arrays: those other arrays.
+      uses: the layers in it.
+      result: turns the program's outputs into what the loss returns.
     """
-    rest, structure = jax.tree.flatten((args, kwargs))
 
-    def program(first: Any, arrays: list[Any]) -> Any:
+    program: core.ClosedJaxpr
+    arrays: list[Any]
+    uses: Uses
+    result: Callable[[list[Any]], Any]
+
+
+def _trace(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> _Traced:
+    """Traces `loss_fn(first, *args, **kwargs)`; what is no array is passed on as it is."""
+    rest, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in rest if _is_array(leaf)]
+    outputs: Any = None
+
+    def program(first: Any, arrays: list[Any]) -> list[Any]:
+        nonlocal outputs
         remaining = iter(arrays)
         leaves = [next(remaining) if _is_array(leaf) else leaf for leaf in rest]
         args, kwargs = jax.tree.unflatten(structure, leaves)
-        loss_fn(first, *args, **kwargs)
-        return ()
+        outputs, treedef = jax.tree.flatten(loss_fn(first, *args, **kwargs))
+        traced = [leaf for leaf in outputs if isinstance(leaf, jax.core.Tracer)]
+        outputs = (
+            treedef,
+            [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in outputs],
+        )
+        return traced
 
-    return program, [leaf for leaf in rest if _is_array(leaf)]
-
-
-def trace(
-    marked: Callable[..., Any], first: Any, args: Any, kwargs: Any
-) -> tuple[Layout, dict[Place, str]]:
-    """Traces a loss whose adapter leaves marks, without computing anything.
-
-    Raises:
-      TypeError: for a leaf of the first argument that is not floating-point.
-      ValueError: if the loss calls no layer, or two kinds of layer share a parameter.
-    """
     named, _ = jax.tree_util.tree_flatten_with_path(first)
     for keys, leaf in named:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
@@ -50,94 +62,91 @@ def trace(
                 f"the parameter {path_of(keys)!r} is of type {jnp.result_type(leaf)}, wanted a "
                 "floating-point array: pass integers as another argument of the loss"
             )
-    program, arrays = abstractly(marked, args, kwargs)
-    return read_uses(find_marks(program, first, arrays), named)
+    with watching():
+        traced = jax.make_jaxpr(program)(first, arrays)
+    treedef, untraced = outputs
+
+    def result(values: list[Any]) -> Any:
+        remaining = iter(values)
+        return treedef.unflatten([leaf[0] if leaf else next(remaining) for leaf in untraced])
+
+    return _Traced(traced, arrays, read_uses(find_marks(traced, len(named)), named), result)
 
 
-Probes = dict[Place, Factor]
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def trace_layout(
-    traced: Callable[..., Trace],
-    probed: Callable[[Probes, bool], Callable[..., Any]],
-    first: Any,
-    args: Any,
-    kwargs: Any,
-) -> Layout:
-    """The layout of a loss, less the layers that no probe can reach.
+def trace_layout(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> Layout:
+    """The layout of `loss_fn(first, *args, **kwargs)`, found without computing anything.
 
-    A model may rebuild its variables or map over them, and so lose a probe or stumble over it.
-    Tracing the loss with the probes in place tells.
+    Raises:
+      TypeError: for a leaf of `first` that is not floating-point.
+      ValueError: if the loss calls no layer, or two kinds of layer share a parameter.
     """
-    layout, places, nested = traced(first, *args, **kwargs)
-    named, _ = jax.tree_util.tree_flatten_with_path(first)
-    leaves = {path_of(keys): leaf for keys, leaf in named}
-
-    def carry(layers: Sequence[Layer]) -> None:
-        probes = {layer.path: _probe(layer, layer.dtype(leaves)) for layer in layers}
-        placed = {place: probes[path] for place, path in places.items() if path in probes}
-        program, arrays = abstractly(probed(placed, nested), args, kwargs)
-        jax.eval_shape(program, first, arrays)
-
-    try:
-        carry(layout.layers)
-    except Exception:  # whatever the model raises: find out which layers it cannot take
-        for layer in layout.layers:
-            try:
-                carry([layer])
-            except Exception as error:
-                layout = layout.without(layer, f"no probe can reach it: {error}")
-    return layout
+    return _trace(loss_fn, first, args, kwargs).uses.layout
 
 
 def value_and_grad(
-    traced: Callable[..., Trace],
-    probed: Callable[[Probes, bool], Callable[..., Any]],
-    layout: Layout,
-    has_aux: bool,
-) -> Callable[..., Any]:
-    """Differentiates a loss together with the probes of its layers.
+    loss_fn: Callable[..., Any], layout: Layout, has_aux: bool, first: Any, args: Any, kwargs: Any
+) -> tuple[Any, Any, dict[str, Factor]]:
+    """The value of `loss_fn(first, *args, **kwargs)`, its gradient and its layers' factors.
 
-    Args:
-      traced: traces the loss on the arguments of a call.
-      probed: given the probes, and whether models are called inside functions that JAX traces
-        by themselves, the loss whose model calls carry and tap them.
-      layout: the layers to capture.
-      has_aux: whether the loss returns `(loss, aux)`.
+    Raises:
+      TypeError: for a leaf of `first` that is not floating-point.
+      ValueError: if the layout is another model's or another loss's.
     """
+    named, _ = jax.tree_util.tree_flatten_with_path(first)
+    leaves = {path_of(keys): leaf for keys, leaf in named}
+    layout.check_params(leaves)
+    traced = _trace(loss_fn, first, args, kwargs)
+    _check_same(layout, traced.uses.layout)
+
+    zeros = {layer.path: _probe(layer, layer.dtype(leaves)) for layer in layout.layers}
+    probes = {
+        position: zeros[path] for path, position in traced.uses.sources.items() if path in zeros
+    }
+    completions = {
+        place: completion
+        for place, completion in traced.uses.completions.items()
+        if completion.carrier.source in probes
+    }
+    probed = insert_probes(traced.program, completions, probes)
+
+    def loss(first: Any, probes: dict[int, Factor]) -> Any:
+        return traced.result(
+            probed(*jax.tree.leaves(first), *traced.arrays, *jax.tree.leaves(probes))
+        )
+
+    value, (grads, sums) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(first, probes)
+    positions = traced.uses.sources
+    factors = {
+        layer.path: _means(
+            layer,
+            sums[positions[layer.path]] if layer.path in positions else zeros[layer.path],
+        )
+        for layer in layout.layers
+    }
+    return value, grads, factors
+
+
+def check_layout(layout: Any) -> None:
+    """Raises TypeError for what is no `Layout`."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout")
 
-    def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
-        named, _ = jax.tree_util.tree_flatten_with_path(params)
-        leaves = {path_of(keys): leaf for keys, leaf in named}
-        layout.check_params(leaves)
-        wanted = {layer.path: layer for layer in layout.layers}
-        met, places, nested = traced(params, *args, **kwargs)
-        for layer in met.layers:
-            if layer.path in wanted and layer != wanted[layer.path]:
-                raise ValueError(
-                    f"the layer {layer.path!r} is a {layer.kind} with parameters "
-                    f"{_described(layer)}, the layout has a {wanted[layer.path].kind} with "
-                    f"{_described(wanted[layer.path])}: it was traced from another model"
-                )
-        if wanted and not wanted.keys() & {layer.path for layer in met.layers}:
+
+def _check_same(layout: Layout, met: Layout) -> None:
+    wanted = {layer.path: layer for layer in layout.layers}
+    for layer in met.layers:
+        if layer.path in wanted and layer != wanted[layer.path]:
             raise ValueError(
-                "the capture met no layer of the layout: it was traced from another loss"
+                f"the layer {layer.path!r} is a {layer.kind} with parameters "
+                f"{_described(layer)}, the layout has a {wanted[layer.path].kind} with "
+                f"{_described(wanted[layer.path])}: it was traced from another model"
             )
-
-        def loss_fn(params: Any, probes: dict[str, Factor]) -> Any:
-            placed = {place: probes[path] for place, path in places.items() if path in probes}
-            return probed(placed, nested)(params, *args, **kwargs)
-
-        value, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=has_aux)(
-            params,
-            {path: _probe(layer, layer.dtype(leaves)) for path, layer in wanted.items()},
-        )
-        factors = {path: _means(wanted[path], factor) for path, factor in sums.items()}
-        return value, grads, factors
-
-    return grad_fn
+    if wanted and not wanted.keys() & {layer.path for layer in met.layers}:
+        raise ValueError("the capture met no layer of the layout: it was traced from another loss")
 
 
 def _described(layer: Layer) -> str:

@@ -54,6 +54,17 @@ class Factor(NamedTuple):
         n = jnp.maximum(self.rows, 1)
         return Factor(self.h / n, self.s / n, self.rows, self.mean / n)
 
+    def unscale(self, scale: jax.typing.ArrayLike) -> "Factor":
+        """The factor of a loss, where `self` is that of `scale` times it: `s` over `scale²`.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> scaled = Factor(*map(jnp.float32, (2, 64, 4, 1)))
+          >>> scaled.unscale(4.0).s
+          Array(4., dtype=float32)
+        """
+        return self._replace(s=self.s / scale / scale)
+
 
 def minmax(
     values: tuple[jax.Array, ...], inner: tuple[int, ...], epsilon: float = 0.0

@@ -13,7 +13,7 @@ from adafisher_jax.factors import Axes, Factor
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
-    """A pytree path as this package writes it.
+    """A pytree path as this package writes it: without the `.value` of the box a leaf is in.
 
     Example:
       >>> import jax
@@ -21,6 +21,8 @@ def path_of(keys: tuple[Any, ...]) -> str:
       >>> path_of(keys)
       'encoder/kernel'
     """
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
@@ -260,6 +262,25 @@ def check_factors(factors: Mapping[str, Factor], layers: tuple[Layer, ...]) -> N
                     f"factors[{layer.path!r}].{name} has shape {jnp.shape(got)}, the layout "
                     f"wants {want.shape}: the factors are of another model or layout"
                 )
+
+
+def check_state(state: Any, wanted: Any) -> None:
+    """Checks the shapes of a state, path by path, against one made for this model.
+
+    Raises:
+      ValueError: naming the first path that differs.
+    """
+    got, want = (
+        {path_of(keys): jnp.shape(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (state, wanted)
+    )
+    for path in [*want, *got]:
+        if got.get(path) != want.get(path):
+            has, wants = (f"shape {of[path]}" if path in of else "nothing" for of in (got, want))
+            raise ValueError(
+                f"the state is of another model, layout or rule: at {path!r} it has {has}, "
+                f"wanted {wants}"
+            )
 
 
 def _some(paths: Any, most: int = 3) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, check_factors, path_of
+from adafisher_jax.layout import Layer, Layout, check_factors, check_state, path_of
 from adafisher_jax.rules import Curvature, Pair, Scale, check_fraction, make_rule
 
 
@@ -21,6 +21,8 @@ class ScaleByAdaFisherState(NamedTuple):
         starts at zero are to be divided by the layer's slot.
       slots: the bias slot of each layer's `h`, by layer path; it counts the refreshes.
       scales: a mean square for each parameter, by its path, where the rule keeps one.
+      skipped: how many refreshes of each layer were skipped, by layer path, because statistics
+        were not finite; of stacked layers, those in which any one was.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, and a method of tuples
@@ -28,6 +30,7 @@ class ScaleByAdaFisherState(NamedTuple):
     factors: dict[str, Factor]
     slots: dict[str, jax.Array]
     scales: dict[str, Scale]
+    skipped: dict[str, jax.Array]
 
 
 def scale_by_adafisher(
@@ -51,8 +54,9 @@ def scale_by_adafisher(
     Where there are none yet, and for parameters outside the layout, `F` is the identity
     (`"paper"`, `"official"`) or the root mean square of the gradient (`"centered"`).
 
-    An entry of a gradient that is not finite leaves its momentum as it was, and statistics that
-    are not finite leave their layer's averages as they were.
+    A gradient's entry that is not finite, or would not be in the momentum's type, leaves its
+    momentum as it was. Statistics that are not finite leave their layer's averages as they were
+    and are counted in the state's `skipped`.
 
     Args:
       layout: from `adafisher_jax.trace_layout`.
@@ -67,7 +71,7 @@ def scale_by_adafisher(
 
     Raises:
       ValueError: for an unknown rule, a negative damping or a decay outside [0, 1), and, from
-        `init` and `update`, for a layout or factors whose shapes are another model's.
+        `init` and `update`, for a layout, factors or a state whose shapes are another model's.
       TypeError: for a layout that is none, and, from `init`, a parameter that is not
         floating-point.
 
@@ -112,6 +116,7 @@ def scale_by_adafisher(
                 for path, leaf in leaves.items()
                 if (scale := chosen.start_scale(leaf, axes.get(path, ()))) is not None
             },
+            skipped={path: curvature.skipped for path, curvature in start.items()},
         )
 
     def update_fn(
@@ -124,12 +129,11 @@ def scale_by_adafisher(
     ) -> tuple[optax.Updates, ScaleByAdaFisherState]:
         del params, extra_args
         grads, treedef = _by_path(updates)
-        if layout is not None:
-            layout.check_params(grads)
+        check_state(state, jax.eval_shape(init_fn, updates))
         own = own_layers(grads)
         curvatures = {
-            layer.path: Curvature(state.factors[layer.path], state.slots[layer.path])
-            for layer in own
+            path: Curvature(factor, state.slots[path], state.skipped[path])
+            for path, factor in state.factors.items()
         }
         if factors is not None:
             check_factors(factors, own)
@@ -166,6 +170,7 @@ def scale_by_adafisher(
             factors={path: curvature.factor for path, curvature in curvatures.items()},
             slots={path: curvature.slot for path, curvature in curvatures.items()},
             scales={path: scales[path] for path in state.scales},
+            skipped={path: curvature.skipped for path, curvature in curvatures.items()},
         )
         updates = treedef.unflatten([directions[p].astype(g.dtype) for p, g in grads.items()])
         return updates, new_state
@@ -185,10 +190,12 @@ def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _average(mu: jax.Array, grad: jax.Array, b1: Any) -> jax.Array:
-    """The momentum after `grad`, in at least float32; as it was where that is not finite."""
+    """The momentum after `grad`, in at least float32; as it was where `mu` could not store it."""
+    most = jnp.finfo(mu.dtype).max
     dtype = jnp.promote_types(jnp.promote_types(mu.dtype, grad.dtype), jnp.float32)
     mu, grad = mu.astype(dtype), grad.astype(dtype)
-    return jnp.where(jnp.isfinite(grad), b1 * mu + (1 - b1) * grad, mu)
+    new = b1 * mu + (1 - b1) * grad
+    return jnp.where(jnp.abs(new) <= most.astype(jnp.finfo(dtype).dtype), new, mu)
 
 
 def adafisher(

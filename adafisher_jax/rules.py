@@ -23,10 +23,12 @@ class Curvature(NamedTuple):
       factor: running averages of its statistics.
       slot: the bias slot of `h`, one number for each block: the running average of a constant.
         Averages that start at zero are bias-corrected by it.
+      skipped: how many refreshes had statistics that were not finite, whichever stacked layer's.
     """
 
     factor: Factor
     slot: jax.Array
+    skipped: jax.Array
 
 
 class Pair(NamedTuple):
@@ -61,12 +63,13 @@ class Rule:
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
         """The averages before the first refresh."""
-        return Curvature(layer.zeros(dtype), jnp.zeros(layer.slot_shape, dtype))
+        slot = jnp.zeros(layer.slot_shape, dtype)
+        return Curvature(layer.zeros(dtype), slot, jnp.zeros([], jnp.int32))
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
         """The averages after new statistics; unchanged where those are unusable."""
-        new = Curvature(fresh, jnp.ones_like(old.slot))
-        return _blend(old, new, _usable(layer, fresh), self.ema, 1 - self.ema)
+        new = (fresh, jnp.ones_like(old.slot))
+        return _blend(layer, old, new, fresh, self.ema, 1 - self.ema)
 
     def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
         """The scalars kept for one parameter, if any."""
@@ -83,24 +86,28 @@ class Rule:
         return momentum, scale
 
 
-def _usable(layer: Layer, fresh: Factor) -> jax.Array:
-    """Whether each stacked layer's statistics are finite and of at least one row."""
+def _blend(
+    layer: Layer,
+    old: Curvature,
+    new: tuple[Factor, jax.Array],
+    fresh: Factor,
+    keep: Any,
+    add: Any,
+) -> Curvature:
+    """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
     within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
-    usable = (fresh.rows > 0) & jnp.isfinite(fresh.rows)
-    usable = usable.reshape(layer.stack_shape)
+    finite = jnp.isfinite(fresh.rows).reshape(layer.stack_shape)
     for leaf in (fresh.h, fresh.s, fresh.mean):
-        usable &= jnp.all(jnp.isfinite(leaf), axis=within, keepdims=True)
-    return usable
-
-
-def _blend(old: Curvature, new: Curvature, usable: jax.Array, keep: Any, add: Any) -> Curvature:
-    """`keep * old + add * new`, and `old` for the stacked layers that are not usable."""
+        finite &= jnp.all(jnp.isfinite(leaf), axis=within, keepdims=True)
+    took_part = (fresh.rows != 0).reshape(layer.stack_shape)
+    usable = took_part & finite
 
     def average(before: jax.Array, after: jax.Array) -> jax.Array:
         where = usable if before.ndim == usable.ndim else usable.reshape(before.shape)
         return jnp.where(where, keep * before + add * after.astype(before.dtype), before)
 
-    return jax.tree.map(average, old, new)
+    factor, slot = jax.tree.map(average, (old.factor, old.slot), new)
+    return Curvature(factor, slot, old.skipped + jnp.any(took_part & ~finite))
 
 
 def _minmax(
@@ -145,7 +152,7 @@ class Paper(Rule):
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
-        (h, s, _, _), slot = curvature
+        (h, s, _, _), slot, _ = curvature
         damping = jnp.where(slot > 0, self.damping, 1)
         return _divide(layer, momentum, *_minmax(layer, h, slot, s), damping), scales
 
@@ -163,20 +170,20 @@ class Official(Rule):
     """
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
-        factor, slot = super().start(layer, dtype)
+        factor, slot, skipped = super().start(layer, dtype)
         factor = factor._replace(h=jnp.ones_like(factor.h), s=jnp.ones_like(factor.s))
-        return Curvature(factor, jnp.ones_like(slot))
+        return Curvature(factor, jnp.ones_like(slot), skipped)
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
         unit = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
         h, slot, s = _minmax(layer, fresh.h * unit, jnp.full_like(old.slot, unit), fresh.s, 1e-6)
-        new = Curvature(fresh._replace(h=h, s=s), slot)
-        return _blend(old, new, _usable(layer, fresh), 0.1 * self.ema, 0.01 * self.ema)
+        new = (fresh._replace(h=h, s=s), slot)
+        return _blend(layer, old, new, fresh, 0.1 * self.ema, 0.01 * self.ema)
 
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
-        (h, s, _, _), slot = curvature
+        (h, s, _, _), slot, _ = curvature
         refreshed = slot < 1  # the first refresh takes it far below where it starts
         damping = jnp.where(refreshed, self.damping, 1)
         return _divide(layer, momentum, h, slot, jnp.where(refreshed, s, 0), damping), scales
@@ -211,7 +218,7 @@ class Centered(Rule):
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
-        (h, s, _, mean), slot = curvature
+        (h, s, _, mean), slot, _ = curvature
         refreshed = slot > 0
         weight = jnp.where(refreshed, slot, 1)
         h, s, mean = h / weight, s / weight, mean / weight

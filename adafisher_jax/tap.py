@@ -1,17 +1,22 @@
 """The tap: an identity whose backward pass returns a layer's statistics.
 
 For a layer `y = W h̄` with `s = ∂L/∂y`, the row sums of `h̄²` and `h̄` are known
-going forward and those of `s²` going backward. `tap` is put on `y`. It hands
+going forward and those of `s²` going backward. A tap is put on `y`. It hands
 `y` on, and in the backward pass hands `s` on, and returns the sums *as the
 cotangent of a probe*: a `Factor` of zeros among the differentiated arguments.
 One ordinary backward pass so yields gradients and factors together, and
 whatever a transformation does to the probe (slice, stack, broadcast, sum over
 uses or devices) it does to the statistics.
+
+Where a layer is met while a loss is traced, its parameters are at hand but no
+probe is. So it gets a tap that lacks one, a *mark*, which notes the parameters
+instead; `adafisher_jax.probes` completes it in the traced program. A mark that
+stays is nothing but an identity.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +80,89 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
       >>> factor.h.ravel().tolist(), factor.s.ravel().tolist(), float(factor.rows)
       ([2.5, 0.5], [0.25, 0.25], 2.0)
     """
-    h, mean = statistic.of_inputs(jax.lax.stop_gradient(x))
-    probe = Factor(*(_vary_like(part, y) for part in probe))
-    return _tap_p.bind(y, *probe, h, mean, statistic=statistic, levels=())
+    return tap_p.bind(y, x, *probe, statistic=statistic, use=None, parameters=0, levels=())
+
+
+def mark(
+    statistic: Statistic, x: jax.Array, y: jax.Array, parameters: Sequence[jax.Array], use: Hashable
+) -> jax.Array:
+    """Returns `y`, noting in the traced program that a layer computed it with `parameters`."""
+    n = len(parameters)
+    return tap_p.bind(y, x, *parameters, statistic=statistic, use=use, parameters=n, levels=())
+
+
+# Two primitives rather than a `custom_vjp`, so that forward-mode differentiation, and any number
+# of derivatives, pass through a tapped layer too. Both return their first operand. `tap_p` is
+# what the forward pass runs; its tangent is `_tangent_p`, which is linear in `y` and the probe,
+# and whose transpose yields the statistics.
+#
+# Operands of `tap_p`: y, x, the layer's parameters (as many as `parameters` says), and the four
+# parts of the probe or nothing. Of `_tangent_p`: y, the probe, and the sums of the inputs.
+# `levels` holds, for each `vmap` around them, innermost first, the operands' mapped axes.
+
+tap_p = core.Primitive("adafisher_tap")
+_tangent_p = core.Primitive("adafisher_tap_tangent")
+
+Levels = tuple[tuple[int | None, ...], ...]
+
+
+class Operands(NamedTuple):
+    """The operands of `tap_p`, or what belongs to each of them."""
+
+    y: Any
+    x: Any
+    parameters: Sequence[Any]
+    probe: Sequence[Any]
+
+    @classmethod
+    def of(cls, operands: Sequence[Any], parameters: int) -> "Operands":
+        y, x, *rest = operands
+        return cls(y, x, rest[:parameters], rest[parameters:])
+
+
+def _first(*operands: Any, **_: Any) -> Any:
+    return operands[0]
+
+
+def _lower_first(_: Any, *operands: Any, **__: Any) -> Any:
+    return [operands[0]]
+
+
+def _batch(primitive: Any, operands: Any, dims: Any, *, levels: Levels, **params: Any) -> Any:
+    if dims[0] is None:  # only the probe is mapped
+        size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+        y = jnp.broadcast_to(operands[0], (size, *operands[0].shape))
+        operands, dims = (y, *operands[1:]), (0, *dims[1:])
+    return primitive.bind(*operands, levels=(*levels, tuple(dims)), **params), dims[0]
+
+
+for _primitive in (tap_p, _tangent_p):
+    _primitive.def_impl(_first)
+    _primitive.def_abstract_eval(_first)
+    mlir.register_lowering(_primitive, _lower_first)
+    batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
+
+
+def _tap_jvp(
+    primals: Any, tangents: Any, *, statistic: Statistic, parameters: int, levels: Levels, use: Any
+) -> Any:
+    y = tap_p.bind(*primals, statistic=statistic, parameters=parameters, levels=levels, use=use)
+    moving, still = (Operands.of(values, parameters) for values in (tangents, primals))
+    if all(type(tangent) is ad.Zero for tangent in moving.probe):
+        return y, moving.y
+    of_inputs: Any = statistic.of_inputs
+    for level in levels:
+        if (axis := level[1]) is not None:
+            of_inputs = jax.vmap(of_inputs, in_axes=axis)
+    linear = [ad.instantiate_zeros(moving.y)]
+    linear += [_vary_like(ad.instantiate_zeros(part), y) for part in moving.probe]
+    inner = tuple(
+        (of.y, *of.probe, *(None if of.x is None else 0,) * 2)
+        for level in levels
+        for of in [Operands.of(level, parameters)]
+    )
+    sums = of_inputs(jax.lax.stop_gradient(still.x))
+    return y, _tangent_p.bind(*linear, *sums, statistic=statistic, levels=inner)
 
 
 def _vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -90,55 +175,13 @@ def _vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
     return value
 
 
-# Two primitives rather than a `custom_vjp`, so that forward-mode differentiation, and any number
-# of derivatives, pass through a tapped layer too. Both return their first operand. `_tap_p` is
-# what the forward pass runs; its tangent is `_tangent_p`, which is linear in `y` and the probe,
-# and whose transpose yields the statistics. Operands: y, the four parts of the probe, h, mean.
-# `levels` holds, for each `vmap` around a tap, innermost first, the operands' mapped axes.
-
-_tap_p = core.Primitive("adafisher_tap")
-_tangent_p = core.Primitive("adafisher_tap_tangent")
-
-
-def _first(*operands: Any, **_: Any) -> Any:
-    return operands[0]
-
-
-def _lower_first(_: Any, *operands: Any, **__: Any) -> Any:
-    return [operands[0]]
-
-
-def _batch(primitive: Any, operands: Any, dims: Any, *, statistic: Statistic, levels: Any) -> Any:
-    if dims[0] is None:  # only the probe is mapped
-        size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-        y = jnp.broadcast_to(operands[0], (size, *operands[0].shape))
-        operands, dims = (y, *operands[1:]), (0, *dims[1:])
-    levels = (*levels, tuple(dims))
-    return primitive.bind(*operands, statistic=statistic, levels=levels), dims[0]
-
-
-for _primitive in (_tap_p, _tangent_p):
-    _primitive.def_impl(_first)
-    _primitive.def_abstract_eval(_first)
-    mlir.register_lowering(_primitive, _lower_first)
-    batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
-
-
-def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-    y = _tap_p.bind(*primals, **params)
-    if all(type(tangent) is ad.Zero for tangent in tangents[1:5]):
-        return y, tangents[0]
-    linear = [ad.instantiate_zeros(tangent) for tangent in tangents[:5]]
-    return y, _tangent_p.bind(*linear, *primals[5:], **params)
-
-
 def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     # The tangent of a tangent is no output of the layer: it is handed on untapped.
     return _tangent_p.bind(*primals, **params), tangents[0]
 
 
 def _tangent_transpose(
-    g: Any, y: Any, *rest: Any, statistic: Statistic, levels: tuple[tuple[int | None, ...], ...]
+    g: Any, y: Any, *rest: Any, statistic: Statistic, levels: Levels
 ) -> list[Any]:
     probe, sums = rest[:4], rest[4:]
     own = g if ad.is_undefined_primal(y) else None
@@ -159,7 +202,17 @@ def _tangent_transpose(
     for dims in levels:
         statistics = _mapped(statistics, dims)
     found = [_vary_like(v, g) for v in statistics(g, *sums)]
-    return [own, *(v.astype(p.aval.dtype) for v, p in zip(found, probe, strict=True)), None, None]
+    found = [_typed_like(v, part.aval) for v, part in zip(found, probe, strict=True)]
+    return [own, *found, None, None]
+
+
+def _typed_like(value: jax.Array, aval: Any) -> jax.Array:
+    """A cotangent as its primal's type wants it: on explicit mesh axes that says its sharding."""
+    value = value.astype(aval.dtype)
+    found, wanted = jax.typeof(value).sharding, aval.sharding.spec
+    if found.spec != wanted:
+        value = jax.sharding.reshard(value, jax.sharding.NamedSharding(found.mesh, wanted))
+    return value
 
 
 def _unmapped(shape: tuple[int, ...], axes: list[int | None]) -> list[int]:
@@ -185,6 +238,6 @@ def _mapped(fun: Callable[..., list[jax.Array]], dims: tuple[int | None, ...]) -
     return mapped
 
 
-ad.primitive_jvps[_tap_p] = _tap_jvp
+ad.primitive_jvps[tap_p] = _tap_jvp
 ad.primitive_jvps[_tangent_p] = _tangent_jvp
 ad.primitive_transposes[_tangent_p] = _tangent_transpose

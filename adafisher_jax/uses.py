@@ -1,122 +1,74 @@
-"""Which parameter of a loss each layer's call used, read off the marks in its traced program.
+"""Which layers a loss calls, and with which of its parameters: read off the marks in its program.
 
-What Linen and NNX share: an adapter reports the arrays a model was given as `Root`s and each
-call of a layer as a `Use`. Here they are matched with the leaves of the loss's first argument,
-which gives the `Layout` and, for each layer, the `Place`s of its probe.
+What Linen and NNX share. A layer's call leaves a mark with a `Use`. Here the marks' parameters
+are matched with the leaves of the loss's first argument, which gives the `Layout` and says which
+marks are to be completed with whose probe.
 """
 
+import collections
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, path_of
-from adafisher_jax.lineage import Mark, Origin
-
-Names = tuple[str, ...]
-
-
-class Root(NamedTuple):
-    """One array of the variables a model was given: the label of a root mark.
-
-    Attributes:
-      call: which call of a model, counted in program order.
-      path: of the array within its variables.
-    """
-
-    call: int
-    path: Names
+from adafisher_jax.lineage import Mark, Origin, Place
+from adafisher_jax.probes import ENTERED, Carrier, Completion
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One call of a layer: the label of its mark.
+    """One call of a layer: what its mark notes.
 
     Attributes:
-      call: which call of a model it belongs to.
       kind: as in `adafisher_jax.layout.Layer`.
-      weight: the name of its weight, or None, and of its bias.
+      weight: the name of its weight, or None.
       bias: the name of its bias, or None.
-      holder: the path of the mapping or module that holds them.
       weight_axes: as the layer sees them, without stacked ones.
       bias_axes: likewise.
       groups: feature groups.
+      problem: why it cannot be captured, if so.
     """
 
-    call: int
     kind: str
     weight: str | None
     bias: str | None
-    holder: Names
     weight_axes: Axes
     bias_axes: Axes
     groups: int = 1
+    problem: str = ""
 
 
-class Place(NamedTuple):
-    """Where a probe goes: beside a weight, in the variables of one call of a model."""
-
-    call: int
-    holder: Names
-    kind: str
-
-
-class Trace(NamedTuple):
+class Uses(NamedTuple):
     """What a traced loss tells.
 
     Attributes:
       layout: its layers.
-      places: where their probes go, and whose they are.
-      nested: whether a model is called inside a function that JAX traces by itself, and so may
-        have traced before.
+      sources: the position of the parameter beside which each layer's probe goes, by layer path.
+      completions: by their places, the marks that are to be tapped.
     """
 
     layout: Layout
-    places: dict[Place, str]
-    nested: bool
+    sources: dict[str, int]
+    completions: dict[Place, Completion]
 
 
-def read_uses(marks: list[Mark], named: list[tuple[Any, Any]]) -> tuple[Layout, dict[Place, str]]:
-    """Matches the uses of layers with parameters; returns a layout and the places of its probes.
+def read_uses(marks: Iterable[Mark], named: Sequence[tuple[Any, Any]]) -> Uses:
+    """Matches the calls of layers with parameters.
 
     Args:
       marks: of a traced loss.
       named: the leaves of its first argument, with their pytree paths.
 
     Raises:
-      ValueError: if there is no use, if layers of two kinds share a parameter, or if a function
-        that applies a model was traced once for several sets of parameters.
+      ValueError: if there is no mark, or if layers of two kinds share a parameter.
     """
-    reader = _Reader(_roots(marks), named)
-    uses = [mark for mark in marks if isinstance(mark.label, Use)]
-    if not uses:
-        raise ValueError(
-            "the capture met no layer: the loss called no Flax layer of a known kind. (A model "
-            "of hand-written arithmetic is captured with adafisher_jax.tap.)"
-        )
-    for mark in uses:
+    reader = _Reader(named)
+    for mark in marks:
         reader.add(mark)
     return reader.finish()
-
-
-def _roots(marks: list[Mark]) -> dict[Root, Mark]:
-    """The arrays handed to models, each with its origin among the loss's arguments."""
-    roots: dict[Root, Mark] = {}
-    for mark in marks:
-        if isinstance(mark.label, Root):
-            (origin,) = mark.origins
-            if origin and isinstance(origin.source, Root):  # handed on by another model
-                (before,) = roots[origin.source].origins
-                origin = before and before.then(origin)
-            found = dataclasses.replace(mark, origins=(origin,))
-            if roots.setdefault(mark.label, found).origins != found.origins:
-                raise ValueError(
-                    f"a function that applies a model was traced once and called with different "
-                    f"parameters ({'/'.join(mark.label.path)!r} differs), so their layers cannot "
-                    "be told apart: apply the model outside jax.jit, or jit each call by itself"
-                )
-    return roots
 
 
 class _Parameter(NamedTuple):
@@ -125,32 +77,32 @@ class _Parameter(NamedTuple):
     position: int
     leaf: Leaf
     layer_path: str
-    place: Place
-    frozen: bool
-    problem: str | None
+    origin: Origin
+    problem: str
 
 
 class _Found(NamedTuple):
     layer: Layer
-    place: Place
-    frozen: bool
-    looped: bool
+    origin: Origin
+    mark: Mark
+    completion: Completion
 
 
 class _Reader:
     """Collects the uses of each weight and decides which layers are covered."""
 
-    def __init__(self, roots: dict[Root, Mark], named: list[tuple[Any, Any]]):
-        self.roots = roots
+    def __init__(self, named: Sequence[tuple[Any, Any]]):
         self.named = named
+        self.met = False
         self.found: dict[int, list[_Found]] = {}
         self.reasons: dict[int, str] = {}
         self.owners: dict[str, set[int]] = {}
 
     def add(self, mark: Mark) -> None:
         """Notes one use of a layer."""
-        use = mark.label
+        use = mark.use
         assert isinstance(use, Use)
+        self.met = True
         roles = [
             (name, axes)
             for name, axes in ((use.weight, use.weight_axes), (use.bias, use.bias_axes))
@@ -171,7 +123,7 @@ class _Reader:
             layer = Layer(
                 main.layer_path, use.kind, weight and weight.leaf, bias and bias.leaf, use.groups
             )
-            found = _Found(layer, main.place, main.frozen, "while" in mark.inside)
+            found = _Found(layer, main.origin, mark, _completion(mark, main.origin))
             self.found.setdefault(main.position, []).append(found)
             for leaf in layer.leaves:
                 self.owners.setdefault(leaf.path, set()).add(main.position)
@@ -180,87 +132,85 @@ class _Reader:
         self, mark: Mark, use: Use, name: str, axes: Axes, origin: Origin | None
     ) -> _Parameter | None:
         """The parameter called `name`; None if it is none of ours."""
-        label = self._label(use, name, origin)
-        (root,) = self.roots[label].origins if label else (origin,)
-        if root is None or not isinstance(root.source, int):
+        if origin is None or origin.source is None:
             return None
-        if root.frozen and root.mixed:  # an averaged teacher: no gradient reaches the parameter
-            return None
-        problem = None
-        if any(primitive.startswith("custom_") for primitive in mark.inside):
-            problem = "used inside a function with its own derivative rule"
-        elif label and mark.order > self.roots[label].order:
-            problem = "differentiated inside the model"
-        elif label is None or not root.whole:
-            problem = "only a slice or a rearrangement of it reaches the model"
-        elif origin is None or origin.source != label or not origin.untouched:
-            problem = "transformed inside the model before its layer uses it"
-        keys, array = self.named[root.source]
-        if jnp.iscomplexobj(array):
-            problem = "complex, for which the factors are not defined"
-        named = () if problem or origin is None else _named_axes(axes, origin)
-        leaf = Leaf(path_of(keys), jnp.shape(array), named)
+        if origin.frozen and (origin.mixed or origin.lost):
+            return None  # an averaged teacher, say: no gradient reaches the parameter
+        keys, array = self.named[origin.source]
+        problem = use.problem or origin.lost or _closed(mark.inside)
+        leaf = Leaf(path_of(keys), jnp.shape(array), () if problem else _named_axes(axes, origin))
         parts = tuple(path_of((key,)) for key in keys)
-        layer_path = "/".join(holder(parts, name) if name in parts else parts[:-1])
-        place = Place(use.call, use.holder, use.kind)
-        if label:
-            place = Place(label.call, holder(label.path, name), use.kind)
-        return _Parameter(root.source, leaf, layer_path, place, root.frozen, problem)
+        layer_path = "/".join(_holder(parts, name))
+        return _Parameter(origin.source, leaf, layer_path, origin, problem)
 
-    def _label(self, use: Use, name: str, origin: Origin | None) -> Root | None:
-        """The array of the model's variables that a layer's parameter began as."""
-        if origin is not None:
-            return origin.source if isinstance(origin.source, Root) else None
-        path = (*use.holder, name)
-        return next(
-            (r for r in self.roots if r.call == use.call and r.path[: len(path)] == path), None
-        )
-
-    def finish(self) -> tuple[Layout, dict[Place, str]]:
-        """The layout of all that was added, and where the probes go."""
-        layers: dict[str, Layer] = {}
-        places: dict[Place, str] = {}
-        for index, found in self.found.items():
-            if index in self.reasons:
+    def finish(self) -> Uses:
+        """The layout of all that was added, and which marks to complete."""
+        if not self.met:
+            raise ValueError(
+                "the capture met no layer: the loss called no Flax layer of a known kind. (A "
+                "model of hand-written arithmetic is captured with adafisher_jax.tap.)"
+            )
+        covered: dict[int, Layer] = {}
+        completions: dict[Place, Completion] = {}
+        for position, found in self.found.items():
+            if position in self.reasons:
                 continue
             found = _one_kind(found)
             layer = found[0].layer
             if any(f.layer != layer for f in found):
-                problem = "used by several layers that differ in their bias or axes"
-                self.reasons.update(dict.fromkeys(self._indices(found), problem))
+                self._refuse(found, "used by several layers that differ in their bias or axes")
                 continue
-            if any(self.owners[leaf.path] != {index} for leaf in layer.leaves):
-                problem = "shares its bias with another layer"
-                self.reasons.update(dict.fromkeys(self._indices(found), problem))
+            if any(self.owners[leaf.path] != {position} for leaf in layer.leaves):
+                self._refuse(found, "shares its bias with another layer")
                 continue
-            if layer.path in layers:  # two layers in one mapping: each by its own weight
-                layer = dataclasses.replace(layer, path=layer.leaves[0].path)
-            layers[layer.path] = layer
-            # Behind stop_gradient a layer counts only where it is not used live too, and not
-            # in a loop that cannot be differentiated backwards.
-            live = [f for f in found if not f.frozen] or [f for f in found if not f.looped]
-            places.update({f.place: layer.path for f in live})
+            covered[position] = layer
+            # Behind stop_gradient a layer counts only where it is not used live too, and nothing
+            # is captured in a loop that cannot be differentiated backwards.
+            live = [f for f in found if not f.origin.frozen] or found
+            completions |= {
+                f.mark.place: f.completion for f in live if "while" not in f.mark.inside
+            }
+        holders = collections.Counter(layer.path for layer in covered.values())
+        for position, layer in covered.items():
+            if holders[layer.path] > 1:  # several layers in one module: each by its own weight
+                covered[position] = dataclasses.replace(layer, path=layer.leaves[0].path)
+        layers = {layer.path: layer for layer in covered.values()}
+        sources = {layer.path: position for position, layer in covered.items()}
         inside = {leaf.path for layer in layers.values() for leaf in layer.leaves}
         uncovered = tuple(
             Uncovered(
                 Leaf(path, jnp.shape(array)),
-                self.reasons.get(index, "no layer of a known kind uses it as it is"),
+                self.reasons.get(position, "no layer of a known kind uses it as it is"),
             )
-            for index, (keys, array) in enumerate(self.named)
+            for position, (keys, array) in enumerate(self.named)
             if (path := path_of(keys)) not in inside
         )
-        return Layout(tuple(layers[path] for path in sorted(layers)), uncovered), places
+        layout = Layout(tuple(layers[path] for path in sorted(layers)), uncovered)
+        return Uses(layout, sources, completions)
 
-    def _indices(self, found: list[_Found]) -> list[int]:
+    def _refuse(self, found: list[_Found], why: str) -> None:
         paths = {leaf.path for f in found for leaf in f.layer.leaves}
-        return [i for i, (keys, _) in enumerate(self.named) if path_of(keys) in paths]
+        for position, (keys, _) in enumerate(self.named):
+            if path_of(keys) in paths:
+                self.reasons[position] = why
+
+
+def _closed(inside: tuple[str, ...]) -> str:
+    """Why no probe gets to a mark within some primitives; loops without end need none."""
+    for name in inside:
+        if name.startswith("custom_"):
+            return "used inside a function with its own derivative rule"
+        if name not in ENTERED and name != "while":
+            return f"used inside {name}, which takes no probe"
+    return ""
 
 
 def _one_kind(found: list[_Found]) -> list[_Found]:
     """The uses that describe a weight: of an embedding that is looked up, its lookups."""
+    lookups = [f for f in found if f.layer.kind == "embedding"]
+    if lookups and all(f in lookups or _attends(f.layer) for f in found):
+        return lookups
     kinds = {f.layer.kind for f in found}
-    if kinds == {"embedding", "attend"}:
-        return [f for f in found if f.layer.kind == "embedding"]
     if len(kinds) > 1:
         raise ValueError(
             f"the parameter {found[0].layer.leaves[0].path!r} is used by layers of different "
@@ -269,18 +219,26 @@ def _one_kind(found: list[_Found]) -> list[_Found]:
     return found
 
 
+def _attends(layer: Layer) -> bool:
+    """Whether a layer multiplies by the transpose of its weight: `Embed.attend`, or by hand."""
+    return layer.kind == "attend" or (layer.kind == "dense" and layer.axes == ("out0", "in0"))
+
+
+def _completion(mark: Mark, origin: Origin) -> Completion:
+    """Completes a mark with the probe of the parameter with `origin`, one of the mark's."""
+    assert origin.source is not None
+    carrier = Carrier(origin.source, origin.sliced).within(len(mark.place) - 1)
+    parameter = mark.origins.index(origin)
+    return Completion(carrier, parameter, mark.axes[parameter])
+
+
 def _named_axes(inner: Axes, origin: Origin) -> Axes:
     """Names a whole parameter's axes, given those of the slice a layer sees."""
     names = dict(zip(origin.axes, inner, strict=True))
-    names |= {axis: f"stack{i}" for i, axis in enumerate(origin.sliced)}
+    names |= {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
     return tuple(names[axis] for axis in range(len(names)))
 
 
-def holder(path: Names, name: str) -> Names:
-    """The path of the mapping or module that holds `name`, given the path of its array.
-
-    Example:
-      >>> holder(("Dense_0", "kernel", "value"), "kernel")
-      ('Dense_0',)
-    """
-    return path[: len(path) - 1 - path[::-1].index(name)]
+def _holder(path: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """The path of the mapping or module that holds `name`, given the path of its array."""
+    return path[: -1 - path[::-1].index(name)] if name in path else path[:-1]

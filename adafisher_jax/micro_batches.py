@@ -1,0 +1,162 @@
+r"""Gradient accumulation: a batch's loss, gradients and factors from its micro-batches.
+
+Let the batch's loss be :math:`L = \sum_k w_k L_k`, and let a layer see :math:`n_k` rows in
+micro-batch `k`. The cotangents of `L` there are those of `L_k` times :math:`w_k`, so
+
+.. math::
+
+    \nabla L = \sum_k w_k \nabla L_k, \qquad
+    H = \sum_k \frac{n_k}{n} H_k, \qquad
+    S = \sum_k \frac{n_k}{n} w_k^2 S_k, \qquad n = \sum_k n_k
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adafisher_jax.factors import Factor
+from adafisher_jax.layout import Layer, Layout, check_factors, path_of
+
+
+def accumulate(
+    grad_fn: Callable[..., Any], layout: Layout, weights: Any = None
+) -> Callable[..., Any]:
+    """Runs a gradient function over micro-batches, in the memory of one.
+
+    Args:
+      grad_fn: from `value_and_grad`.
+      layout: its layout.
+      weights: of each micro-batch's loss in the batch's, of shape (k,): its share of the rows
+        (or unmasked rows) where the loss is a mean, ones where it is a sum. None for equal
+        shares, 1/k. A micro-batch of weight 0 may have a loss that is not finite.
+
+    Returns:
+      A function `(params, *args, **kwargs)` that returns what `grad_fn` returns, for the whole
+      batch. Each array among its arguments is a stack of k micro-batches; what is no array
+      (`train=True`) is handed on as it is, and so is what `grad_fn` closes over. Sums are
+      accumulated in at least float32. Auxiliary data come back as a stack.
+
+    Raises:
+      ValueError: from the returned function, if the arguments or `weights` do not have one
+        leading axis.
+
+    Example:
+      >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(2), jnp.arange(12.0).reshape(4, 3)
+      >>> params = model.init(jax.random.key(0), x)
+      >>> loss_fn = lambda params, x: jnp.mean(model.apply(params, x) ** 2)
+      >>> layout = af.trace_layout(loss_fn, params, x)
+      >>> grad_fn = af.value_and_grad(loss_fn, layout)
+      >>> _, _, factors = af.accumulate(grad_fn, layout)(params, x.reshape(2, 2, 3))
+      >>> factors["params"].rows.item(), factors["params"].mean.ravel().tolist()
+      (4.0, [4.5, 5.5, 6.5])
+    """
+
+    def accumulated(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        call = {"args": args, "kwargs": kwargs}
+        named, structure = jax.tree_util.tree_flatten_with_path(call)
+        leaves = {path_of(keys): leaf for keys, leaf in named}
+        arrays = {p: leaf for p, leaf in leaves.items() if isinstance(leaf, jax.Array | np.ndarray)}
+        k = _leading_axis(arrays)
+        each = jnp.full(k, 1 / k) if weights is None else jnp.asarray(weights)
+        if each.shape != (k,):
+            raise ValueError(f"weights has shape {each.shape}, {k} micro-batches want ({k},)")
+
+        @jax.jit  # traced once, for the shapes of its results and for the scan
+        def run(arrays: dict[str, Any]) -> tuple[Any, Any]:
+            call = jax.tree.unflatten(structure, (leaves | arrays).values())
+            value, grads, factors = grad_fn(params, *call["args"], **call["kwargs"])
+            loss, *aux = value if isinstance(value, tuple) else (value,)
+            return (loss, grads, factors), aux
+
+        def add(total: Any, one: Any) -> tuple[Any, Any]:
+            weight, arrays = one
+            result, aux = run(arrays)
+            return add_micro_batch(total, result, weight, layout), aux
+
+        first = {p: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for p, a in arrays.items()}
+        shapes, _ = jax.eval_shape(run, first)
+        total, aux = jax.lax.scan(add, _nothing(shapes), (each, arrays))
+        loss, grads, factors = jax.tree.map(lambda a, like: a.astype(like.dtype), total, shapes)
+        return (loss, *aux) if aux else loss, grads, factors
+
+    return accumulated
+
+
+def add_micro_batch(total: Any, result: Any, weight: Any, layout: Layout) -> Any:
+    """One step of `accumulate`, for a loop over micro-batches of any sizes.
+
+    Args:
+      total: what the micro-batches so far add up to; None before the first.
+      result: `(loss, grads, factors)` of one more.
+      weight: of its loss in the batch's.
+      layout: of the factors.
+
+    Returns:
+      The new total, a `(loss, grads, factors)` in at least float32.
+
+    Example:
+      >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(2), jnp.arange(12.0).reshape(4, 3)
+      >>> params = model.init(jax.random.key(0), x)
+      >>> loss_fn = lambda params, x: jnp.mean(model.apply(params, x) ** 2)
+      >>> layout = af.trace_layout(loss_fn, params, x)
+      >>> grad_fn, total = af.value_and_grad(loss_fn, layout), None
+      >>> for part in (x[:3], x[3:]):
+      ...     total = af.add_micro_batch(total, grad_fn(params, part), len(part) / 4, layout)
+      >>> total[2]["params"].rows.item(), total[2]["params"].mean.ravel().tolist()
+      (4.0, [4.5, 5.5, 6.5])
+    """
+    loss, grads, factors = result
+    if isinstance(loss, tuple):
+        raise ValueError("result: its loss is a tuple, wanted the loss without auxiliary data")
+    check_factors(factors, layout.layers)
+    loss_sum, grads_sum, means = _nothing(result) if total is None else total
+    loss, grads = jax.tree.map(
+        lambda a, b: a + _weighted(weight, b.astype(a.dtype)), (loss_sum, grads_sum), (loss, grads)
+    )
+    pooled = {x.path: _pool(x, means[x.path], factors[x.path], weight) for x in layout.layers}
+    return loss, grads, pooled
+
+
+def _pool(layer: Layer, total: Factor, factor: Factor, weight: Any) -> Factor:
+    """The means over the rows of both; no rows leave them as they are."""
+    rows = total.rows + factor.rows
+    share = (factor.rows / jnp.maximum(rows, 1)).reshape(layer.stack_shape)
+    s = _weighted(weight, _weighted(weight, factor.s))
+
+    def move(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(share > 0, old + share * (new - old), old)
+
+    return Factor(move(total.h, factor.h), move(total.s, s), rows, move(total.mean, factor.mean))
+
+
+def _weighted(weight: Any, value: jax.Array) -> jax.Array:
+    """The product; 0 for a weight of 0, even where the value is not finite."""
+    weight = jnp.asarray(weight, value.dtype)
+    return jnp.where(weight == 0, 0, weight * value)
+
+
+def _nothing(result: Any) -> Any:
+    """The total of no micro-batch."""
+    return jax.tree.map(
+        lambda a: jnp.zeros_like(a, dtype=jnp.promote_types(a.dtype, jnp.float32)), result
+    )
+
+
+def _leading_axis(arrays: dict[str, Any]) -> int:
+    """The number of micro-batches in a stack, by which all arrays must agree."""
+    wanted = "wanted arrays with one leading axis of micro-batches"
+    if not arrays:
+        raise ValueError(f"args: got no array, {wanted}")
+    for path, array in arrays.items():
+        if not array.ndim or not len(array):
+            raise ValueError(f"{path} has shape {array.shape}, {wanted}")
+    (path, array), *others = arrays.items()
+    for other, found in others:
+        if len(found) != len(array):
+            raise ValueError(f"{path} has shape {array.shape}, {other} {found.shape}, {wanted}")
+    return len(array)

@@ -1,0 +1,241 @@
+"""Threads probes through a traced program to the marks they complete.
+
+A probe lies beside a parameter, and must go where that parameter goes: with its slices through
+a scan, along its mapped axis under a `vmap`, and as it is through `jax.jit`, `jax.checkpoint`,
+branches and `shard_map`. So every program that contains a mark gets its probe as further
+inputs, and the mark, given it, becomes a tap.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from adafisher_jax.factors import Factor
+from adafisher_jax.lineage import Place, Slice, bodies
+from adafisher_jax.tap import Operands
+
+ENTERED = frozenset(
+    "jit pjit closed_call core_call checkpoint remat remat2 cond scan shard_map".split()
+)
+"""The primitives whose programs can be given further inputs."""
+
+
+class Carrier(NamedTuple):
+    """Which part of which parameter a probe describes, somewhere in a program.
+
+    Attributes:
+      source: the position of the parameter among the program's inputs.
+      sliced: what loops, and nothing else, have sliced on the way.
+    """
+
+    source: int
+    sliced: tuple[Slice, ...]
+
+    def within(self, depth: int) -> "Carrier":
+        """The same, `depth` programs deep."""
+        return Carrier(self.source, tuple(s for s in self.sliced if len(s.loop) <= depth))
+
+
+class Completion(NamedTuple):
+    """What makes a tap of a mark.
+
+    Attributes:
+      carrier: whose probe it is.
+      parameter: which of the mark's parameters that is.
+      axes: for each axis of that parameter, as the mark has it, the source's axis it is.
+    """
+
+    carrier: Carrier
+    parameter: int
+    axes: tuple[int, ...]
+
+
+def insert_probes(
+    program: core.ClosedJaxpr, completions: Mapping[Place, Completion], probes: Mapping[int, Factor]
+) -> Callable[..., list[Any]]:
+    """The program as a function of its inputs and of probes.
+
+    Args:
+      program: a traced program with marks.
+      completions: what makes a tap of each mark, by its place; the other marks stay as they are.
+      probes: zeros beside parameters, by the parameters' positions.
+
+    Returns:
+      A function of the program's inputs, then the leaves of `probes`.
+    """
+    avals = {
+        Carrier(source, ()): [jax.typeof(part) for part in probe]
+        for source, probe in sorted(probes.items())  # as jax.tree orders them
+    }
+    threaded = _Threading(completions).program(program.jaxpr, (), avals)
+    return core.jaxpr_as_fun(program.replace(jaxpr=threaded))
+
+
+Vars = list[core.Var]
+
+
+class _Threading:
+    def __init__(self, completions: Mapping[Place, Completion]):
+        self.completions = completions
+        self.needed: dict[tuple[Place, int], set[Carrier]] = {}
+        for place, completion in completions.items():
+            for depth in range(1, len(place)):
+                eqn = (place[: depth - 1], place[depth - 1][0])
+                self.needed.setdefault(eqn, set()).add(completion.carrier.within(depth))
+
+    def program(
+        self, jaxpr: core.Jaxpr, place: Place, avals: Mapping[Carrier, Sequence[Any]]
+    ) -> core.Jaxpr:
+        """A program with further inputs at its end: the parts of the carriers' probes."""
+        shadows = {c: [core.Var(aval) for aval in parts] for c, parts in avals.items()}
+        eqns: list[core.JaxprEqn] = []
+        for index, eqn in enumerate(jaxpr.eqns):
+            here = (*place, (index, 0))
+            if here in self.completions:
+                eqns += _completed(eqn, self.completions[here], shadows)
+            elif carriers := self.needed.get((place, index)):
+                eqns += self._entered(eqn, here, sorted(carriers), shadows)
+            else:
+                eqns.append(eqn)
+        return jaxpr.replace(invars=[*jaxpr.invars, *_flat(shadows.values())], eqns=eqns)
+
+    def _entered(
+        self,
+        eqn: core.JaxprEqn,
+        here: Place,
+        carriers: list[Carrier],
+        shadows: Mapping[Carrier, Vars],
+    ) -> list[core.JaxprEqn]:
+        """The equation that hands the carriers' probes to the programs in it."""
+        depth, name = len(here), eqn.primitive.name
+        outer = {c: shadows[c.within(depth - 1)] for c in carriers}
+        sliced = [c for c in carriers if c not in shadows]
+        whole = [c for c in carriers if c in shadows]
+        moves: list[core.JaxprEqn] = []
+        for carrier in sliced:
+            *before, last = carrier.sliced
+            axis = last.axis - sum(s.axis < last.axis for s in before)
+            order = [axis, *range(axis), *range(axis + 1, _rank(outer[carrier]))]
+            outer[carrier], moved = _transposed(outer[carrier], order)
+            moves += moved
+        avals = {c: [var.aval for var in outer[c]] for c in whole}
+        if name == "shard_map":
+            avals = {c: _on_device(eqn, parts) for c, parts in avals.items()}
+        avals |= {c: _slices([var.aval for var in outer[c]]) for c in sliced}
+        programs = [
+            self.program(body, (*here[:-1], (here[-1][0], i)), avals)
+            for i, body in enumerate(bodies(eqn))
+        ]
+        extra = _PARTS * len(carriers)
+        operands = [*eqn.invars, *_flat(outer[c] for c in (*whole, *sliced))]
+        params = dict(eqn.params)
+        if name == "scan":  # inputs are in the order: constants, carried, sliced
+            consts = params["num_consts"]
+            n, fixed = len(eqn.invars), _PARTS * len(whole)
+            order = [*range(consts), *range(n, n + fixed), *range(consts, n)]
+            order += range(n + fixed, n + extra)
+            operands = [operands[i] for i in order]
+            programs = [p.replace(invars=[p.invars[i] for i in order]) for p in programs]
+            params["num_consts"] = consts + fixed
+        for key, value in _of_unspecified_input(eqn).items():
+            params[key] = (*params[key], *(value,) * extra)
+        return [*moves, eqn.replace(invars=operands, params=_with_bodies(params, programs))]
+
+
+def _completed(
+    eqn: core.JaxprEqn, completion: Completion, shadows: Mapping[Carrier, Vars]
+) -> list[core.JaxprEqn]:
+    """The tap, and before it what gives the probe the order of the parameter's axes."""
+    carrier, parameter, axes = completion
+    order = [sorted(axes).index(axis) for axis in axes]
+    probe, moves = _transposed(shadows[carrier], order)
+    levels = tuple(
+        (*level, *(Operands.of(level, eqn.params["parameters"]).parameters[parameter],) * _PARTS)
+        for level in eqn.params["levels"]
+    )
+    params = {**eqn.params, "levels": levels}
+    return [*moves, eqn.replace(invars=[*eqn.invars, *probe], params=params)]
+
+
+_PARTS = len(Factor._fields)
+
+
+def _flat(groups: Iterable[Sequence[Any]]) -> list[Any]:
+    return [var for group in groups for var in group]
+
+
+def _rank(probe: Vars) -> int:
+    aval: Any = probe[0].aval
+    return len(aval.shape)
+
+
+def _transposed(probe: Vars, order: list[int]) -> tuple[Vars, list[core.JaxprEqn]]:
+    """The parts of a probe with their axes in another order, and the equations for that."""
+    if order == sorted(order):
+        return probe, []
+    permuted = jax.make_jaxpr(lambda *parts: [jax.lax.transpose(x, order) for x in parts])
+    eqns = [
+        eqn.replace(invars=[var])
+        for eqn, var in zip(permuted(*[var.aval for var in probe]).eqns, probe, strict=True)
+    ]
+    return [eqn.outvars[0] for eqn in eqns], eqns
+
+
+def _slices(avals: Sequence[Any]) -> list[Any]:
+    """The types a scan's body sees of what the scan slices."""
+    program = jax.make_jaxpr(lambda *xs: jax.lax.scan(lambda c, x: (c, ()), (), xs))(*avals)
+    return list(program.eqns[0].params["jaxpr"].in_avals)
+
+
+def _on_device(eqn: core.JaxprEqn, avals: Sequence[Any]) -> list[Any]:
+    """The types a `shard_map`'s body sees of what all devices share."""
+    same = jax.shard_map(
+        lambda *xs: xs,
+        mesh=eqn.params["mesh"],
+        in_specs=jax.sharding.PartitionSpec(),
+        out_specs=jax.sharding.PartitionSpec(),
+        axis_names=set(eqn.params["newly_manual_axes"]),
+        check_vma=eqn.params["check_vma"],
+    )
+    (copied,) = jax.make_jaxpr(same)(*avals).eqns
+    return [var.aval for var in copied.params["jaxpr"].invars]
+
+
+def _of_unspecified_input(eqn: core.JaxprEqn) -> dict[str, Any]:
+    """For the parameters that an equation has for each input, those of one without options."""
+    match eqn.primitive.name:
+        case "jit" | "pjit":
+            template = _jit_of_identity().params
+            return {
+                key: template[key][0] for key in ("in_shardings", "in_layouts", "donated_invars")
+            }
+        case "shard_map":
+            return {"in_specs": jax.sharding.PartitionSpec()}
+        case "scan" if "linear" in eqn.params:
+            return {"linear": False}
+    return {}
+
+
+@functools.cache
+def _jit_of_identity() -> core.JaxprEqn:
+    (eqn,) = jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns
+    return eqn
+
+
+def _with_bodies(params: dict[str, Any], programs: list[core.Jaxpr]) -> dict[str, Any]:
+    """An equation's parameters with other programs."""
+    remaining = iter(programs)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, core.ClosedJaxpr):
+            return value.replace(jaxpr=next(remaining))
+        return next(remaining) if isinstance(value, core.Jaxpr) else value
+
+    for key in ("jaxpr", "call_jaxpr", "branches"):
+        if key in params:
+            value = params[key]
+            params[key] = tuple(map(replaced, value)) if key == "branches" else replaced(value)
+    return params

@@ -1,0 +1,62 @@
+"""Flax's `TrainState`, with factors."""
+
+import functools
+from typing import Any, Self
+
+import optax
+from flax import serialization
+from flax.training import train_state
+
+from adafisher_jax.factors import Factor
+from adafisher_jax.layout import check_state
+
+
+class TrainState(train_state.TrainState):
+    r"""`flax.training.train_state.TrainState` whose `apply_gradients` takes factors.
+
+    Example:
+      >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x, y = nn.Dense(1), jnp.ones((8, 3)), jnp.ones((8, 1))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda params, x, y: jnp.mean((model.apply({"params": params}, x) - y) ** 2)
+      >>> layout = af.trace_layout(loss_fn, params, x, y)
+      >>> state = af.TrainState.create(
+      ...     apply_fn=model.apply, params=params, tx=af.adafisher(1e-3, layout)
+      ... )
+      >>> loss, grads, factors = af.value_and_grad(loss_fn, layout)(state.params, x, y)
+      >>> state = state.apply_gradients(grads=grads, factors=factors)
+      >>> state.step
+      1
+    """
+
+    def apply_gradients(
+        self, *, grads: Any, factors: dict[str, Factor] | None = None, **kwargs: Any
+    ) -> Self:
+        r"""One step of `tx`, :math:`\theta \leftarrow \theta + \mathrm{tx}(g; H, S)`.
+
+        Args:
+          grads: gradients, shaped as `params`.
+          factors: of the same call of `adafisher_jax.value_and_grad`; None keeps the averages.
+          **kwargs: further fields to replace.
+
+        Returns:
+          The state with `step`, `params` and `opt_state` updated.
+
+        Raises:
+          ValueError, TypeError: those of `scale_by_adafisher`'s `update`.
+        """
+        tx = optax.with_extra_args_support(self.tx)
+        given = optax.GradientTransformation(tx.init, functools.partial(tx.update, factors=factors))
+        state = super(TrainState, self.replace(tx=given)).apply_gradients(grads=grads, **kwargs)
+        return state.replace(tx=self.tx)
+
+    def from_bytes(self, encoded: bytes) -> Self:
+        """The state that `flax.serialization.to_bytes` encoded, in the place of this one.
+
+        Raises:
+          ValueError: for the first path that only one of the two states has, or with another
+            shape. `flax.serialization.from_bytes` would drop or take it.
+        """
+        stored = serialization.msgpack_restore(encoded)
+        check_state(stored, serialization.to_state_dict(self))
+        return serialization.from_state_dict(self, stored)

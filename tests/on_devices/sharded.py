@@ -1,0 +1,235 @@
+"""Under `jax.jit` on eight devices: training equals one device, whatever is sharded.
+
+Run by `tests/test_devices.py`, in a process that has eight devices.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import pytest
+from jax.sharding import AxisType, NamedSharding, auto_axes
+from jax.sharding import PartitionSpec as P
+
+import adafisher_jax as af
+from tests.on_devices.tasks import (
+    Perceptron,
+    Run,
+    assert_close,
+    make_step,
+    make_task,
+    on_one_device,
+)
+from tests.reference import fast_jit
+
+
+def whole(path, leaf):
+    return P()
+
+
+def first_axis(path, leaf):
+    """Fully sharded: each parameter along its first axis that eight devices can share."""
+    found = [i for i, size in enumerate(leaf.shape) if size % 8 == 0]
+    return P(*[None] * found[0], "data") if found else P()
+
+
+def columns_then_rows(path, leaf):
+    """Tensor parallel: column-parallel layers feed row-parallel ones."""
+    columns = any(name in path for name in ("up", "head", "query", "key", "value", "conv"))
+    if "attention" in path:  # kernels are (features, heads, head features), heads are two
+        return P(None, None, "model") if columns else P(None, "model")
+    if columns:
+        return P(*[None] * (leaf.ndim - 1), "model")
+    return P("model") if "down" in path and leaf.ndim > 1 else P()
+
+
+class Plan(NamedTuple):
+    """Who has what: a mesh, and a parameter's place on it. Batches lie along `data`."""
+
+    mesh: dict
+    spec: Callable
+
+
+PLANS = {
+    "data parallel": Plan({"data": 8}, whole),
+    "fully sharded": Plan({"data": 8}, first_axis),
+    "tensor parallel": Plan({"data": 2, "model": 4}, columns_then_rows),
+}
+any_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+any_task = pytest.mark.parametrize("name", ["transformer", "convnet"])
+
+
+def make_mesh(plan, kind=AxisType.Auto):
+    return jax.make_mesh(tuple(plan.mesh.values()), tuple(plan.mesh), (kind,) * len(plan.mesh))
+
+
+def place(plan, mesh, params):
+    def put(keys, leaf):
+        spec = plan.spec(jax.tree_util.keystr(keys), leaf)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(put, params)
+
+
+def on(mesh, x):
+    """A batch along `data`, of which each process brings its part."""
+    rows = len(x) // jax.process_count()
+    own = x[jax.process_index() * rows :][:rows]
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), own)
+
+
+def replicate_rest(mesh, state):
+    """Puts on the mesh what `init` did not put there with the parameters."""
+
+    def put(leaf):
+        placed = isinstance(leaf.sharding, NamedSharding)
+        return leaf if placed else jax.device_put(leaf, NamedSharding(mesh, P()))
+
+    return jax.tree.map(put, state)
+
+
+def equivalent(a, b):
+    """Whether two trees of arrays lie alike: `P("x")` and `P("x", None)` do."""
+    same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), a, b)
+    return all(jax.tree.leaves(same))
+
+
+def padded(array):
+    spec = tuple(array.sharding.spec)
+    return (*spec, *[None] * (array.ndim - len(spec)))
+
+
+def types(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def train(task, rule, mesh, params, every=1):
+    """The steps with shardings left to the compiler; it is to settle after the first."""
+    tx, train_step = make_step(task, rule)
+    start = params, tx.init(params)
+    assert equivalent(start[1][0].mu, params)
+    (params, state), losses, before = start, [], None
+    for step, x in enumerate(task.batches):
+        params, state, loss = train_step(params, state, on(mesh, x), refresh=step % every == 0)
+        losses.append(loss)
+        assert types((params, state)) == types(start)
+        assert equivalent(state[0].mu, params)
+        assert before is None or equivalent((params, state), before)
+        before = params, state
+    assert train_step._cache_size() == 2  # from where `init` has put the factors, and settled
+    return Run(params, state, losses)
+
+
+def train_pinned(task, rule, mesh, params, every=1):
+    """The steps with the shardings of the first state given for all the others."""
+    replicated = NamedSharding(mesh, P())
+    tx, _ = make_step(task, rule)
+    state = replicate_rest(mesh, tx.init(params))
+    pins = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    _, train_step = make_step(task, rule, out_shardings=(*pins, replicated))
+    start, losses = (params, state), []
+    for step, x in enumerate(task.batches):
+        params, state, loss = train_step(params, state, on(mesh, x), refresh=step % every == 0)
+        losses.append(loss)
+    assert types((params, state)) == types(start)
+    assert equivalent((params, state), start)
+    assert equivalent(state[0].mu, params)
+    assert train_step._cache_size() == min(every, 2)  # with factors, without
+    return Run(params, state, losses)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(PLANS[name], id=name, marks=[pytest.mark.slow] * (name != "tensor parallel"))
+        for name in PLANS
+    ],
+)
+def test_training_equals_one_device(plan, x64):
+    task, mesh = make_task("transformer"), make_mesh(plan)
+    run = train(task, "centered", mesh, place(plan, mesh, task.params))
+    assert_close(run, on_one_device("transformer", "float64", "centered"), 1e-9)
+    of_up, of_down = (run.state[0].factors[f"block/{name}"] for name in ("up", "down"))
+    model = "model" if "model" in mesh.shape else None
+    if plan is not PLANS["fully sharded"]:  # where the compiler is free to choose
+        assert padded(of_up.h) == padded(of_down.s) == (None, None)
+        assert padded(of_up.s) == (None, model)
+        assert padded(of_down.h) == padded(of_down.mean) == (model, None)
+
+
+@any_plan
+def test_with_shardings_given_each_kind_of_step_is_compiled_once(plan, x64):
+    """Every other step reuses the factors."""
+    task, mesh = make_task("convnet"), make_mesh(plan)
+    run = train_pinned(task, "paper", mesh, place(plan, mesh, task.params), every=2)
+    assert_close(run, on_one_device("convnet", "float64", "paper", every=2), 1e-9)
+
+
+@pytest.mark.slow
+@any_plan
+@pytest.mark.parametrize("name", ["transformer", "convnet"])
+@pytest.mark.parametrize("rule", ["paper", "official", "centered"])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_every_rule_and_type_equals_one_device(plan, name, rule, dtype, rtol):
+    with jax.enable_x64(dtype == "float64"):
+        task, mesh = make_task(name, dtype), make_mesh(plan)
+        run = train_pinned(task, rule, mesh, place(plan, mesh, task.params), every=2)
+        assert_close(run, on_one_device(name, dtype, rule, every=2), rtol)
+
+
+# Explicit axes: shardings are part of the types, also of the cotangents that carry factors.
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "model"),
+    [
+        ("convnet", "data parallel", None),
+        ("perceptron", "data parallel", None),
+        ("perceptron", "tensor parallel", Perceptron(out=P("data"))),
+    ],
+)
+def test_on_explicit_axes_it_equals_one_device(name, plan, model, x64):
+    task, mesh = make_task(name, model=model), make_mesh(PLANS[plan], AxisType.Explicit)
+    expected = on_one_device(name, "float64", "centered")
+    with jax.set_mesh(mesh):
+        params = place(PLANS[plan], mesh, task.params)
+        run = train_pinned(task, "centered", mesh, params)
+    assert_close(run, expected, 1e-9)
+
+
+@pytest.mark.parametrize("plan", ["fully sharded", "tensor parallel"])
+def test_a_model_for_automatic_axes_gets_its_factors_on_explicit_ones(plan, x64):
+    """Within `auto_axes` the compiler chooses."""
+    task, mesh = make_task("convnet"), make_mesh(PLANS[plan], AxisType.Explicit)
+    grad_fn = af.value_and_grad(task.loss_fn, task.layout)
+    expected = fast_jit(grad_fn)(task.params, task.batches[0])
+    with jax.set_mesh(mesh):
+        params = place(PLANS[plan], mesh, task.params)
+        automatic = auto_axes(grad_fn, out_sharding=P())
+        found = fast_jit(automatic)(params, on(mesh, task.batches[0]))
+    assert_close(found, expected, 1e-9)
+
+
+# Metadata.
+
+
+def test_boxed_parameters_train_as_plain_ones(x64):
+    """`nn.with_partitioning` boxes each parameter with its place on the mesh."""
+    task, mesh = make_task("perceptron"), make_mesh(PLANS["tensor parallel"])
+    names = {"up": {"kernel": (None, "model")}, "down": {"kernel": ("model", None)}}
+    boxed = {
+        layer: {
+            name: nn.Partitioned(leaf, names[layer].get(name, (None,) * leaf.ndim))
+            for name, leaf in leaves.items()
+        }
+        for layer, leaves in task.params.items()
+    }
+    shardings = nn.get_sharding(boxed, mesh)
+    params = jax.device_put(boxed, shardings)
+    task = task._replace(params=params)
+    run = train_pinned(task, "centered", mesh, params)
+    assert nn.unbox(run.params)["up"]["kernel"].sharding.spec == P(None, "model")
+    expected = on_one_device("perceptron", "float64", "centered")
+    assert_close(nn.unbox(run.params), expected.params, 1e-9)
+    assert_close(run.losses, expected.losses, 1e-9)

@@ -101,13 +101,17 @@ def scale_by_adafisher(
                     f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
                     "floating-point array"
                 )
+        count = jnp.zeros([], jnp.int32)
+        if not leaves:  # nothing to step, or optax.tree.map_params asks where the parameters are
+            nothing: list[Any] = [jnp.zeros([]) for _ in range(4)]
+            return ScaleByAdaFisherState(count, params, *nothing)
         if layout is not None:
             layout.check_params(leaves)
         own = own_layers(leaves)
         start = {layer.path: chosen.start(layer, layer.dtype(leaves)) for layer in own}
         axes = {leaf.path: leaf.axes for layer in own for leaf in layer.leaves}
         return ScaleByAdaFisherState(
-            count=jnp.zeros([], jnp.int32),
+            count=count,
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             factors={path: curvature.factor for path, curvature in start.items()},
             slots={path: curvature.slot for path, curvature in start.items()},
@@ -130,6 +134,9 @@ def scale_by_adafisher(
         del params, extra_args
         grads, treedef = _by_path(updates)
         check_state(state, jax.eval_shape(init_fn, updates))
+        count = optax.safe_increment(state.count)
+        if not grads:
+            return updates, state._replace(count=count)
         own = own_layers(grads)
         curvatures = {
             path: Curvature(factor, state.slots[path], state.skipped[path])
@@ -142,7 +149,6 @@ def scale_by_adafisher(
                 for layer in own
             }
 
-        count = optax.safe_increment(state.count)
         stored = dict(zip(grads, treedef.flatten_up_to(state.mu), strict=True))
         mu = {path: _average(stored[path], g, b1) for path, g in grads.items()}
         momentum = {path: m / (1 - jnp.asarray(b1, m.dtype) ** count) for path, m in mu.items()}

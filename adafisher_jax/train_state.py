@@ -43,10 +43,13 @@ class TrainState(train_state.TrainState):
           The state with `step`, `params` and `opt_state` updated.
 
         Raises:
-          ValueError, TypeError: those of `scale_by_adafisher`'s `update`.
+          ValueError, TypeError: those of `scale_by_adafisher`'s `update`; TypeError for factors
+            if `tx` takes none.
         """
-        tx = optax.with_extra_args_support(self.tx)
-        given = optax.GradientTransformation(tx.init, functools.partial(tx.update, factors=factors))
+        update = self.tx.update
+        if factors is not None:
+            update = functools.partial(update, factors=factors)
+        given = optax.GradientTransformation(self.tx.init, update)
         state = super(TrainState, self.replace(tx=given)).apply_gradients(grads=grads, **kwargs)
         return state.replace(tx=self.tx)
 

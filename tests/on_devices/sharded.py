@@ -170,8 +170,9 @@ def test_with_shardings_given_each_kind_of_step_is_compiled_once(plan, x64):
 @any_plan
 @pytest.mark.parametrize("name", ["transformer", "convnet"])
 @pytest.mark.parametrize("rule", ["paper", "official", "centered"])
-@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-3)])
 def test_every_rule_and_type_equals_one_device(plan, name, rule, dtype, rtol):
+    """Pooled features hardly vary: to center them costs three digits, of either type."""
     with jax.enable_x64(dtype == "float64"):
         task, mesh = make_task(name, dtype), make_mesh(plan)
         run = train_pinned(task, rule, mesh, place(plan, mesh, task.params), every=2)

@@ -162,8 +162,11 @@ def _follow(
         for var, found in zip(eqn.outvars, outputs, strict=True):
             # What is no floating-point number, as a mask made from a parameter, is data.
             aval: Any = var.aval
-            data = hasattr(aval, "dtype") and not jnp.issubdtype(aval.dtype, jnp.inexact)
-            origins[var] = None if data else found
+            if hasattr(aval, "dtype") and not jnp.issubdtype(aval.dtype, jnp.inexact):
+                found = None
+            elif found and not found.lost and len(found.axes) != len(aval.shape):
+                found = _lost([found], _COMPUTED)
+            origins[var] = found
     return [origin(atom) for atom in jaxpr.outvars]
 
 
@@ -239,6 +242,8 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
         return [dataclasses.replace(x, axes=axes)]
     if name in _REARRANGING:
         return [_lost(operands, "only a slice or a rearrangement of it reaches its layer")]
+    if name == "div" and (divisor := operands[1]) and not divisor.frozen:
+        return [_lost(operands, "transformed before its layer uses it")]
     if name in _MOVING or name in _SCALING:
         return [_combined(operands, scaled=name in _SCALING)]
     return [_lost(operands, _COMPUTED)] * len(eqn.outvars)
@@ -272,7 +277,7 @@ def _combined(origins: Origins, scaled: bool) -> Origin | None:
     behind = [x for x in origins if x]
     exact = {dataclasses.replace(x, mixed=True) for x in behind if not x.lost}
     exact = {x for x in exact if not x.frozen} or exact
-    live = any(x.lost and not x.frozen for x in behind)
-    if len(exact) != 1 or (scaled and live):
+    live = sum(not x.frozen for x in behind)
+    if len(exact) != 1 or (scaled and live > 1):
         return _lost(origins, "transformed before its layer uses it")
     return exact.pop()

@@ -15,7 +15,6 @@ from jax.extend import core
 
 from adafisher_jax.factors import Factor
 from adafisher_jax.lineage import Place, Slice, bodies
-from adafisher_jax.tap import Operands
 
 ENTERED = frozenset(
     "jit pjit closed_call core_call checkpoint remat remat2 cond scan shard_map".split()
@@ -152,12 +151,12 @@ def _completed(
     carrier, parameter, axes = completion
     order = [sorted(axes).index(axis) for axis in axes]
     probe, moves = _transposed(shadows[carrier], order)
+    before = 2 + eqn.params["parameters"]  # what follows is the spent probe of a capture inside
     levels = tuple(
-        (*level, *(Operands.of(level, eqn.params["parameters"]).parameters[parameter],) * _PARTS)
-        for level in eqn.params["levels"]
+        (*level[:before], *(level[2 + parameter],) * _PARTS) for level in eqn.params["levels"]
     )
     params = {**eqn.params, "levels": levels}
-    return [*moves, eqn.replace(invars=[*eqn.invars, *probe], params=params)]
+    return [*moves, eqn.replace(invars=[*eqn.invars[:before], *probe], params=params)]
 
 
 _PARTS = len(Factor._fields)
@@ -212,6 +211,8 @@ def _of_unspecified_input(eqn: core.JaxprEqn) -> dict[str, Any]:
             return {
                 key: template[key][0] for key in ("in_shardings", "in_layouts", "donated_invars")
             }
+        case "checkpoint" | "remat" | "remat2" if isinstance(eqn.params["prevent_cse"], tuple):
+            return {"prevent_cse": True}
         case "shard_map":
             return {"in_specs": jax.sharding.PartitionSpec()}
         case "scan" if "linear" in eqn.params:

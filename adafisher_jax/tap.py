@@ -161,8 +161,16 @@ def _tap_jvp(
         for level in levels
         for of in [Operands.of(level, parameters)]
     )
-    sums = of_inputs(jax.lax.stop_gradient(still.x))
+    sums = of_inputs(still.x)
     return y, _tangent_p.bind(*linear, *sums, statistic=statistic, levels=inner)
+
+
+def _tap_transpose(g: Any, y: Any, *rest: Any, **_: Any) -> list[Any]:
+    """Of a layer that is transposed as a linear map: the identity."""
+    return [
+        g if ad.is_undefined_primal(y) else None,
+        *(ad.Zero(v.aval) if ad.is_undefined_primal(v) else None for v in rest),
+    ]
 
 
 def _vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
@@ -239,5 +247,6 @@ def _mapped(fun: Callable[..., list[jax.Array]], dims: tuple[int | None, ...]) -
 
 
 ad.primitive_jvps[tap_p] = _tap_jvp
+ad.primitive_transposes[tap_p] = _tap_transpose
 ad.primitive_jvps[_tangent_p] = _tangent_jvp
 ad.primitive_transposes[_tangent_p] = _tangent_transpose

@@ -93,7 +93,7 @@ def calls_of(loss_fn, model, *args):
 
     def run(zeros):
         seen.clear()
-        copy = nnx.clone(model)
+        copy, given = nnx.clone((model, args))
         paths, inputs, twins = paths_of(copy), [], []
 
         def exchange(original):
@@ -114,7 +114,7 @@ def calls_of(loss_fn, model, *args):
             return method
 
         with exchanged(METHODS, exchange):
-            value = loss_fn(copy, *args)
+            value = loss_fn(copy, *given)
         return jax.tree.leaves(value)[0], (inputs, twins)
 
     jax.eval_shape(run, None)
@@ -145,7 +145,7 @@ def random_model(make, seed=0):
 
     def value(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.key(seed)
+            return jax.random.split(jax.random.key(seed), leaf.shape)
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.ones(leaf.shape, F64)  # running averages, that Flax keeps in float32
         return jnp.zeros(leaf.shape, leaf.dtype)
@@ -161,6 +161,14 @@ def inputs_of(shape, seed=1):
 def loss_of(model, *inputs):
     """A loss whose gradient differs at every entry of what the model puts out."""
     return scalar(model(*inputs))
+
+
+def attention_in_double(q, k, v, *, mask=None, **_):
+    """Attention as Flax's own computes it, but for its float32 softmax."""
+    weights = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    if mask is not None:
+        weights = jnp.where(mask, weights, -1e9)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(weights), v)
 
 
 def captured(loss_fn, model, *args, has_aux=False):
@@ -199,3 +207,15 @@ def check(loss_fn, model, *args):
     assert layout.covered == 1, str(layout)
     assert_factors(factors, factors_of(loss_fn, model, *args))
     return layout, factors
+
+
+class Block(nnx.Module):
+    """Two layers with an activation, in and out of three features."""
+
+    def __init__(self, rngs, dropout=0.0):
+        self.up = nnx.Linear(3, 4, param_dtype=F64, rngs=rngs)
+        self.down = nnx.Linear(4, 3, param_dtype=F64, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.dropout(jnp.tanh(self.up(x))))

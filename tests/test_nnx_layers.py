@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +9,9 @@ import pytest
 from flax import nnx
 
 from tests.nnx_reference import (
-    calls_of,
+    attention_in_double,
     captured,
     check,
-    exchanged,
     factors_of,
     inputs_of,
     loss_of,
@@ -185,15 +183,9 @@ def test_cross_attention():
     check(loss_fn, random_model(attention()), q, k, v, np.tril(np.ones((2, 1, 3, 5))) > 0)
 
 
-def in_double(q, k, v, *, mask, **_):
-    """Attention as Flax's own computes it, but for its float32 softmax."""
-    weights = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q, k), -1e9)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(weights), v)
-
-
 def test_attention_that_decodes():
     """One token after another; the cache is carried over as `nnx.value_and_grad` does."""
-    model = random_model(attention(decode=True, attention_fn=in_double))
+    model = random_model(attention(decode=True, attention_fn=attention_in_double))
     model.init_cache((2, 3, 4), F64)
 
     def loss_fn(model, x):

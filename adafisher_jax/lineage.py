@@ -26,7 +26,7 @@ class Slice(NamedTuple):
 
     Attributes:
       axis: of the source.
-      loop: the place of the scan that slices it; of the mark, where `vmap` does.
+      loop: the place of the scan that slices it; of the mark and the level, where `vmap` does.
     """
 
     axis: int
@@ -39,7 +39,7 @@ class Origin:
 
     Attributes:
       source: the position of the input; None where several are behind the array.
-      axes: for each axis of the array, the source's axis it is.
+      axes: for each axis of the array, the source's axis it is; None for one it is repeated along.
       sliced: the source's axes that are gone, in the order they went.
       frozen: passed through `stop_gradient`.
       mixed: combined element by element with other arrays (a mask, noise).
@@ -47,7 +47,7 @@ class Origin:
     """
 
     source: int | None
-    axes: tuple[int, ...]
+    axes: tuple[int | None, ...]
     sliced: tuple[Slice, ...] = ()
     frozen: bool = False
     mixed: bool = False
@@ -57,8 +57,9 @@ class Origin:
         """The origin of one slice along `axis`."""
         if self.lost:
             return self
+        gone = self.axes[axis]
         kept = self.axes[:axis] + self.axes[axis + 1 :]
-        sliced = (*self.sliced, Slice(self.axes[axis], loop))
+        sliced = self.sliced if gone is None else (*self.sliced, Slice(gone, loop))
         return dataclasses.replace(self, axes=kept, sliced=sliced)
 
 
@@ -70,15 +71,15 @@ class Mark(NamedTuple):
       origins: of its parameters; `None` for what is no parameter of the loss.
       place: of its equation.
       inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first.
-      axes: for each axis that its parameters have in the program, the source's axis it is;
-        `vmap`s around the mark take some of them.
+      axes: for each axis that its parameters have in the program, the source's axis it is, as in
+        an origin; `vmap`s around the mark take some of them.
     """
 
     use: Hashable
     origins: tuple[Origin | None, ...]
     place: Place
     inside: tuple[str, ...]
-    axes: tuple[tuple[int, ...], ...]
+    axes: tuple[tuple[int | None, ...], ...]
 
 
 def find_marks(program: core.ClosedJaxpr, sources: int) -> list[Mark]:
@@ -175,10 +176,10 @@ def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str
     n = eqn.params["parameters"]
     handed = Operands.of(operands, n).parameters
     found = list(handed)
-    for level in reversed(eqn.params["levels"]):
-        for i, dim in enumerate(Operands.of(level, n).parameters):
+    for level, dims in enumerate(reversed(eqn.params["levels"])):
+        for i, dim in enumerate(Operands.of(dims, n).parameters):
             if (one := found[i]) and dim is not None:
-                found[i] = one.drop(dim, place)
+                found[i] = one.drop(dim, (*place, (level, 0)))
     axes = tuple(one.axes if one else () for one in handed)
     return Mark(eqn.params["use"], tuple(found), place, inside, axes)
 
@@ -240,6 +241,12 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
     if name == "transpose" and (x := operands[0]) and not x.lost:
         axes = tuple(x.axes[i] for i in eqn.params["permutation"])
         return [dataclasses.replace(x, axes=axes)]
+    if name == "broadcast_in_dim" and (x := operands[0]) and not x.lost:
+        shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+        before: Any = eqn.invars[0].aval
+        if tuple(shape[i] for i in kept) == before.shape:
+            named = dict(zip(kept, x.axes, strict=True))
+            return [dataclasses.replace(x, axes=tuple(named.get(i) for i in range(len(shape))))]
     if name in _REARRANGING:
         return [_lost(operands, "only a slice or a rearrangement of it reaches its layer")]
     if name == "div" and (divisor := operands[1]) and not divisor.frozen:

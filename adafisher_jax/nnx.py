@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
+from flax.nnx import extract
 from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
@@ -43,14 +44,16 @@ def trace_layout(
       100.0% of 16 parameters under a Fisher block
     """
     _check(model)
-    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    model, args, kwargs = extract.to_tree((model, args, kwargs))
+    params, rest = _parts(model)
 
-    def loss(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
-        loss_fn(nnx.merge(graphdef, params, rest), *args, **kwargs)
+    def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+        whole = _whole(model, params, rest)
+        model_again, args, kwargs = extract.from_tree((whole, args, kwargs))
+        loss_fn(model_again, *args, **kwargs)
         return ()
 
-    params, rest = states
-    return capture.trace_layout(loss, params, (rest, *args), kwargs)
+    return capture.trace_layout(loss, params, (rest, args, kwargs), {})
 
 
 def value_and_grad(
@@ -92,12 +95,10 @@ def value_and_grad(
         # These two exchange modules for pytrees on the way in, and carry changes out.
         @split_inputs
         def differentiated(model: Any, args: Any, kwargs: Any) -> Any:
-            (state,) = model.states
-            params, rest = nnx.split_state(state, nnx.Param, ...)
+            params, rest = _parts(model)
 
             def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-                whole = model.replace(states=(nnx.merge_state(params, rest),))
-                changed, result = merged(whole, args, kwargs)
+                changed, result = merged(_whole(model, params, rest), args, kwargs)
                 value, aux = result if has_aux else (result, None)
                 return value, (changed, aux)
 
@@ -113,6 +114,16 @@ def value_and_grad(
         return differentiated(model, args, kwargs)
 
     return grad_fn
+
+
+def _parts(model: Any) -> Any:
+    """The parameters and the rest of a module that was exchanged for a pytree."""
+    (state,) = model.states
+    return nnx.split_state(state, nnx.Param, ...)
+
+
+def _whole(model: Any, params: Any, rest: Any) -> Any:
+    return model.replace(states=(nnx.merge_state(params, rest),))
 
 
 def _check(model: Any) -> None:

@@ -29,10 +29,8 @@ def _linear_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading 
 def _lora(module: Any, run: Any, args: Any, kwargs: Any, on_call: OnCall) -> Any:
     """Reports the two layers of `y = (x A) B`, adding zeros between them to see the first."""
     y = run(*args, **kwargs)
-    x, a, b = module.promote_dtype(
-        (args[0] if args else kwargs["x"], module.lora_a[...], module.lora_b[...]),
-        dtype=module.dtype,
-    )
+    x = args[0] if args else kwargs["x"]
+    x, a, b = (v.astype(y.dtype) for v in (x, module.lora_a[...], module.lora_b[...]))
     statistic, inner = statistics.dense(x.ndim), x @ a
     zeros = on_call(Reading("dense", statistic, x, "lora_a", ""), jnp.zeros_like(inner))
     return on_call(Reading("dense", statistic, inner, "lora_b", ""), y) + zeros @ b
@@ -57,13 +55,9 @@ class _Methods:
         self._lock = threading.Lock()
         self._watching = 0
         self._local = threading.local()
-        self._originals = {(layer, name): vars(layer)[name] for layer, name in READERS}
-        self._reporting = {
-            method: self._report(original, READERS[method])
-            for method, original in self._originals.items()
-        }
+        self._originals: dict[tuple[type, str], Any] = {}
 
-    def _report(self, original: Callable[..., Any], reader: Reader) -> Callable[..., Any]:
+    def _reporting(self, original: Callable[..., Any], reader: Reader) -> Callable[..., Any]:
         @functools.wraps(original)
         def method(module: Any, /, *args: Any, **kwargs: Any) -> Any:
             if not getattr(self._local, "watching", False):
@@ -74,21 +68,24 @@ class _Methods:
         return method
 
     @contextlib.contextmanager
-    def reporting(self) -> Iterator[None]:
+    def watched(self) -> Iterator[None]:
+        """Within, the methods report their calls by this thread."""
         self._local.watching = True
-        self._count(1)
+        with self._lock:
+            if self._watching == 0:
+                self._originals = {key: vars(key[0])[key[1]] for key in READERS}
+                for (layer, name), original in self._originals.items():
+                    setattr(layer, name, self._reporting(original, READERS[layer, name]))
+            self._watching += 1
         try:
             yield
         finally:
-            self._count(-1)
+            with self._lock:
+                self._watching -= 1
+                if self._watching == 0:
+                    for (layer, name), original in self._originals.items():
+                        setattr(layer, name, original)
             self._local.watching = False
-
-    def _count(self, by: int) -> None:
-        with self._lock:
-            self._watching += by
-            methods = self._reporting if self._watching else self._originals
-            for (layer, name), method in methods.items():
-                setattr(layer, name, method)
 
 
 def _marked(module: Any, found: Reading, y: Any) -> Any:
@@ -103,4 +100,4 @@ _methods_of_layers = _Methods()
 
 def marking() -> contextlib.AbstractContextManager[None]:
     """Within, the NNX layers this thread calls leave marks."""
-    return _methods_of_layers.reporting()
+    return _methods_of_layers.watched()

@@ -44,12 +44,12 @@ class Completion(NamedTuple):
     Attributes:
       carrier: whose probe it is.
       parameter: which of the mark's parameters that is.
-      axes: for each axis of that parameter, as the mark has it, the source's axis it is.
+      axes: for each axis of that parameter, as the mark has it, the source's axis it is, if any.
     """
 
     carrier: Carrier
     parameter: int
-    axes: tuple[int, ...]
+    axes: tuple[int | None, ...]
 
 
 def insert_probes(
@@ -149,13 +149,18 @@ def _completed(
 ) -> list[core.JaxprEqn]:
     """The tap, and before it what gives the probe the order of the parameter's axes."""
     carrier, parameter, axes = completion
-    order = [sorted(axes).index(axis) for axis in axes]
-    probe, moves = _transposed(shadows[carrier], order)
+    own = [axis for axis in axes if axis is not None]
+    probe, moves = _transposed(shadows[carrier], [sorted(own).index(axis) for axis in own])
     before = 2 + eqn.params["parameters"]  # what follows is the spent probe of a capture inside
-    levels = tuple(
-        (*level[:before], *(level[2 + parameter],) * _PARTS) for level in eqn.params["levels"]
-    )
-    params = {**eqn.params, "levels": levels}
+    levels = []
+    for level in reversed(eqn.params["levels"]):  # outermost first, as the axes go
+        dim, taken = level[2 + parameter], None
+        if dim is not None:
+            if axes[dim] is not None:
+                taken = sum(axis is not None for axis in axes[:dim])
+            axes = axes[:dim] + axes[dim + 1 :]
+        levels.append((*level[:before], *(taken,) * _PARTS))
+    params = {**eqn.params, "levels": tuple(reversed(levels))}
     return [*moves, eqn.replace(invars=[*eqn.invars[:before], *probe], params=params)]
 
 
@@ -196,7 +201,7 @@ def _on_device(eqn: core.JaxprEqn, avals: Sequence[Any]) -> list[Any]:
         mesh=eqn.params["mesh"],
         in_specs=jax.sharding.PartitionSpec(),
         out_specs=jax.sharding.PartitionSpec(),
-        axis_names=set(eqn.params["newly_manual_axes"]),
+        axis_names=set(eqn.params.get("newly_manual_axes") or eqn.params["manual_axes"]),
         check_vma=eqn.params["check_vma"],
     )
     (copied,) = jax.make_jaxpr(same)(*avals).eqns

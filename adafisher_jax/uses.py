@@ -114,6 +114,8 @@ class _Reader:
             if (parameter := self._parameter(mark, use, name, axes, origin))
         }
         problems = [p.problem for p in parameters.values() if p.problem]
+        if len({tuple(s.loop for s in p.origin.sliced) for p in parameters.values()}) > 1:
+            problems.append("stacked unlike the layer's other parameter")
         if problems:
             self.reasons.update(
                 dict.fromkeys((p.position for p in parameters.values()), problems[0])
@@ -138,6 +140,8 @@ class _Reader:
             return None  # an averaged teacher, say: no gradient reaches the parameter
         keys, array = self.named[origin.source]
         problem = use.problem or origin.lost or _closed(mark.inside)
+        if not problem and None in origin.axes:
+            problem = "repeated before its layer uses it"
         leaf = Leaf(path_of(keys), jnp.shape(array), () if problem else _named_axes(axes, origin))
         parts = tuple(path_of((key,)) for key in keys)
         layer_path = "/".join(_holder(parts, name))
@@ -234,7 +238,7 @@ def _completion(mark: Mark, origin: Origin) -> Completion:
 
 def _named_axes(inner: Axes, origin: Origin) -> Axes:
     """Names a whole parameter's axes, given those of the slice a layer sees."""
-    names = dict(zip(origin.axes, inner, strict=True))
+    names = {axis: name for axis, name in zip(origin.axes, inner, strict=True) if axis is not None}
     names |= {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
     return tuple(names[axis] for axis in range(len(names)))
 

@@ -211,7 +211,7 @@ def test_uncovered_parameters_say_why():
     assert reasons["b"] == reasons["w"]  # a layer is covered as a whole
     assert "no layer" in reasons["spare"]
 
-    for model, word in ((Reshaped(), "the model"), (Custom(), "derivative rule")):
+    for model, word in ((Reshaped(), "rearrangement"), (Custom(), "derivative rule")):
         params = model.init(jax.random.key(0), x)["params"]
         loss = lambda p, x, model=model: jnp.mean(model.apply({"params": p}, x))  # noqa: E731
         found = af.trace_layout(loss, params, x)

@@ -24,36 +24,28 @@ class _Traced(NamedTuple):
     """A traced loss.
 
     Attributes:
-      program: of the leaves of the loss's first argument, and of the other arrays.
-      arrays: those other arrays.
+      program: of the leaves of the loss's argument.
       uses: the layers in it.
       result: turns the program's outputs into what the loss returns.
     """
 
     program: core.ClosedJaxpr
-    arrays: list[Any]
     uses: Uses
     result: Callable[[list[Any]], Any]
 
 
-def _trace(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> _Traced:
-    """Traces `loss_fn(first, *args, **kwargs)`; what is no array is passed on as it is."""
-    rest, structure = jax.tree.flatten((args, kwargs))
-    arrays = [leaf for leaf in rest if _is_array(leaf)]
+def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any) -> _Traced:
+    """Traces a loss of `first` and of further arguments, whose leaves are closed over."""
     outputs: Any = None
 
-    def program(first: Any, arrays: list[Any]) -> list[Any]:
+    def program(first: Any) -> list[Any]:
         nonlocal outputs
-        remaining = iter(arrays)
-        leaves = [next(remaining) if _is_array(leaf) else leaf for leaf in rest]
-        args, kwargs = jax.tree.unflatten(structure, leaves)
-        outputs, treedef = jax.tree.flatten(loss_fn(first, *args, **kwargs))
-        traced = [leaf for leaf in outputs if isinstance(leaf, jax.core.Tracer)]
-        outputs = (
-            treedef,
-            [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in outputs],
-        )
-        return traced
+        args, kwargs = rest.unflatten(leaves)  # here, so that what is mutable is made in this trace
+        found, treedef = jax.tree.flatten(loss_fn(first, *args, **kwargs))
+        traced = [isinstance(leaf, jax.core.Tracer) for leaf in found]
+        untraced = [None if t else (leaf,) for leaf, t in zip(found, traced, strict=True)]
+        outputs = treedef, untraced
+        return [leaf for leaf, t in zip(found, traced, strict=True) if t]
 
     named, _ = jax.tree_util.tree_flatten_with_path(first)
     for keys, leaf in named:
@@ -63,14 +55,14 @@ def _trace(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> _
                 "floating-point array: pass integers as another argument of the loss"
             )
     with watching():
-        traced = jax.make_jaxpr(program)(first, arrays)
+        traced = jax.make_jaxpr(program)(first)
     treedef, untraced = outputs
 
     def result(values: list[Any]) -> Any:
         remaining = iter(values)
         return treedef.unflatten([leaf[0] if leaf else next(remaining) for leaf in untraced])
 
-    return _Traced(traced, arrays, read_uses(find_marks(traced, len(named)), named), result)
+    return _Traced(traced, read_uses(find_marks(traced, len(named)), named), result)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -84,7 +76,17 @@ def trace_layout(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any
       TypeError: for a leaf of `first` that is not floating-point.
       ValueError: if the loss calls no layer, or two kinds of layer share a parameter.
     """
-    return _trace(loss_fn, first, args, kwargs).uses.layout
+    leaves, rest = jax.tree.flatten((args, kwargs))
+    layout: Any = None
+
+    def abstractly(arrays: list[Any]) -> None:
+        nonlocal layout
+        remaining = iter(arrays)
+        abstract = [next(remaining) if _is_array(leaf) else leaf for leaf in leaves]
+        layout = _trace(loss_fn, first, abstract, rest).uses.layout
+
+    jax.eval_shape(abstractly, [leaf for leaf in leaves if _is_array(leaf)])
+    return layout
 
 
 def value_and_grad(
@@ -99,7 +101,7 @@ def value_and_grad(
     named, _ = jax.tree_util.tree_flatten_with_path(first)
     leaves = {path_of(keys): leaf for keys, leaf in named}
     layout.check_params(leaves)
-    traced = _trace(loss_fn, first, args, kwargs)
+    traced = _trace(loss_fn, first, *jax.tree.flatten((args, kwargs)))
     _check_same(layout, traced.uses.layout)
 
     zeros = {layer.path: _probe(layer, layer.dtype(leaves)) for layer in layout.layers}
@@ -114,9 +116,7 @@ def value_and_grad(
     probed = insert_probes(traced.program, completions, probes)
 
     def loss(first: Any, probes: dict[int, Factor]) -> Any:
-        return traced.result(
-            probed(*jax.tree.leaves(first), *traced.arrays, *jax.tree.leaves(probes))
-        )
+        return traced.result(probed(*jax.tree.leaves(first), *jax.tree.leaves(probes)))
 
     value, (grads, sums) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(first, probes)
     positions = traced.uses.sources

@@ -8,6 +8,7 @@ follows the data from the program's inputs to the marks' parameters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -132,20 +133,7 @@ def _follow(
     for index, eqn in enumerate(jaxpr.eqns):
         operands = [origin(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        within = (*inside, name)
-
-        def run(
-            inputs: Origins,
-            marks: list[Mark],
-            eqn: core.JaxprEqn = eqn,
-            index: int = index,
-            within: tuple[str, ...] = within,
-        ) -> list[Origins]:
-            return [
-                _follow(body, inputs, marks, (*around, (index, i)), within)
-                for i, body in enumerate(bodies(eqn))
-            ]
-
+        run = functools.partial(_run, eqn, around, index, inside)
         if eqn.primitive is tap_p:
             if eqn.params["use"] is not None:
                 marks.append(_mark(eqn, operands, (*around, (index, 0)), inside))
@@ -169,6 +157,22 @@ def _follow(
                 found = _lost([found], _COMPUTED)
             origins[var] = found
     return [origin(atom) for atom in jaxpr.outvars]
+
+
+def _run(
+    eqn: core.JaxprEqn,
+    around: Place,
+    index: int,
+    inside: tuple[str, ...],
+    inputs: Origins,
+    marks: list[Mark],
+) -> list[Origins]:
+    """Follows the programs that an equation calls."""
+    within = (*inside, eqn.primitive.name)
+    return [
+        _follow(body, inputs, marks, (*around, (index, i)), within)
+        for i, body in enumerate(bodies(eqn))
+    ]
 
 
 def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str, ...]) -> Mark:
@@ -225,7 +229,7 @@ def _unsharded(eqn: core.JaxprEqn, operands: Origins) -> Origins:
 
 _COMPUTED = "no layer of a known kind uses it as it is"
 _SAME = frozenset(
-    "convert_element_type stop_gradient copy copy_p reduce_precision sharding_constraint "
+    "convert_element_type stop_gradient copy reduce_precision sharding_constraint "
     "optimization_barrier name pvary pcast mesh_cast reshard layout_constraint".split()
 )
 _REARRANGING = frozenset("reshape squeeze slice dynamic_slice gather rev broadcast_in_dim".split())

@@ -16,9 +16,7 @@ from jax.extend import core
 from adafisher_jax.factors import Factor
 from adafisher_jax.lineage import Place, Slice, bodies
 
-ENTERED = frozenset(
-    "jit pjit closed_call core_call checkpoint remat remat2 cond scan shard_map".split()
-)
+ENTERED = frozenset("jit closed_call checkpoint remat remat2 cond scan shard_map".split())
 """The primitives whose programs can be given further inputs."""
 
 
@@ -211,7 +209,7 @@ def _on_device(eqn: core.JaxprEqn, avals: Sequence[Any]) -> list[Any]:
 def _of_unspecified_input(eqn: core.JaxprEqn) -> dict[str, Any]:
     """For the parameters that an equation has for each input, those of one without options."""
     match eqn.primitive.name:
-        case "jit" | "pjit":
+        case "jit":
             template = _jit_of_identity().params
             return {
                 key: template[key][0] for key in ("in_shardings", "in_layouts", "donated_invars")

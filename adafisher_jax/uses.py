@@ -7,7 +7,7 @@ marks are to be completed with whose probe.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class Uses(NamedTuple):
     completions: dict[Place, Completion]
 
 
-def read_uses(marks: Iterable[Mark], named: Sequence[tuple[Any, Any]]) -> Uses:
+def read_uses(marks: Sequence[Mark], named: Sequence[tuple[Any, Any]]) -> Uses:
     """Matches the calls of layers with parameters.
 
     Args:
@@ -65,6 +65,11 @@ def read_uses(marks: Iterable[Mark], named: Sequence[tuple[Any, Any]]) -> Uses:
     Raises:
       ValueError: if there is no mark, or if layers of two kinds share a parameter.
     """
+    if not marks:
+        raise ValueError(
+            "the capture met no layer: the loss called no Flax layer of a known kind. (A model of "
+            "hand-written arithmetic is captured with adafisher_jax.tap.)"
+        )
     reader = _Reader(named)
     for mark in marks:
         reader.add(mark)
@@ -93,7 +98,6 @@ class _Reader:
 
     def __init__(self, named: Sequence[tuple[Any, Any]]):
         self.named = named
-        self.met = False
         self.found: dict[int, list[_Found]] = {}
         self.reasons: dict[int, str] = {}
         self.owners: dict[str, set[int]] = {}
@@ -102,7 +106,6 @@ class _Reader:
         """Notes one use of a layer."""
         use = mark.use
         assert isinstance(use, Use)
-        self.met = True
         roles = [
             (name, axes)
             for name, axes in ((use.weight, use.weight_axes), (use.bias, use.bias_axes))
@@ -149,11 +152,6 @@ class _Reader:
 
     def finish(self) -> Uses:
         """The layout of all that was added, and which marks to complete."""
-        if not self.met:
-            raise ValueError(
-                "the capture met no layer: the loss called no Flax layer of a known kind. (A "
-                "model of hand-written arithmetic is captured with adafisher_jax.tap.)"
-            )
         covered: dict[int, Layer] = {}
         completions: dict[Place, Completion] = {}
         for position, found in self.found.items():

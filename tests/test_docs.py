@@ -39,8 +39,3 @@ def test_every_linen_layer_has_a_row_that_is_true(module):
 def test_every_nnx_layer_has_a_row_that_is_true(module):
     says = table("NNX")[module.__name__]
     assert ((module, "__call__") in nnx_layers.READERS) == (says in READ)
-
-
-@pytest.mark.parametrize(("flax", "library"), [("Linen", nn), ("NNX", nnx)])
-def test_every_row_is_of_a_layer(flax, library):
-    assert {name.split(".")[0] for name in table(flax)} <= {m.__name__ for m in modules(library)}

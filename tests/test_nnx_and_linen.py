@@ -14,7 +14,8 @@ from tests.reference import F64, assert_factors, fast_jit, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-RULES = ("paper", "official", "centered")
+# Gentle, so that round-off stays small: "official" divides the rate by about its damping, 1e-3.
+RATES = {"paper": 1e-3, "official": 1e-5, "centered": 1e-3}
 TOKENS = np.array([[0, 3, 3, 1], [5, 0, 1, 1]])
 
 
@@ -130,12 +131,12 @@ def test_the_same_layout_and_factors(network):
     assert_factors(found[2], expected[2])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RATES)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_same_training(network, rule):
     linen_loss, params, nnx_loss, model, x = both(network)
     layout = af.trace_layout(linen_loss, params, x)
-    tx = af.adafisherw(1e-3, layout, rule=rule)
+    tx = af.adafisherw(RATES[rule], layout, rule=rule)
 
     @fast_jit
     def linen_step(params, state):

@@ -303,6 +303,17 @@ class Wrapped(nnx.Module):
         return self.plain(self.inner(x))
 
 
+def test_batch_axes_out_of_order_are_uncovered():
+    unordered = Of(nnx.LinearGeneral, 4, 3, batch_axis={1: 2, 0: 2})
+
+    def make(rngs):
+        return nnx.Sequential(unordered(rngs), Of(nnx.Linear, 3, 2)(rngs))
+
+    layout, _ = captured(loss_of, random_model(make), inputs_of((2, 2, 5, 4)))
+    assert [layer.path for layer in layout.layers] == ["layers/1"]
+    assert len(layout.uncovered) == 2
+
+
 def double(leaf):
     return leaf.astype(F64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 

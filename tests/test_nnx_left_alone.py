@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import adafisher_jax as af
-from tests.nnx_reference import METHODS, Block, check, inputs_of, loss_of, random_model
+from tests.nnx_reference import METHODS, Block, captured, check, inputs_of, loss_of, random_model
 from tests.reference import F64, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -85,6 +86,17 @@ def test_an_exception_leaves_everything_as_it_was(of):
     with left_as_it_was(model), pytest.raises(KeyError, match="on purpose"):
         run()
     check(loss_of, model, x)
+
+
+def test_a_method_that_the_user_exchanged_stays():
+    original, model, x = nnx.Linear.__call__, random_model(Block), inputs_of(X)
+
+    def doubled(layer, x):
+        return 2 * original(layer, x)
+
+    with mock.patch.object(nnx.Linear, "__call__", doubled):
+        captured(loss_of, model, x)
+        assert nnx.Linear.__call__ is doubled
 
 
 def test_while_one_thread_watches_another_does_not():

@@ -220,7 +220,11 @@ def partly_checkpointed(block, x):
     return nnx.remat(Block.__call__)(block, x)
 
 
-FUNCTIONS = [recomputed, jitted, functional, in_a_branch, switched, partly_checkpointed]
+def mapped(block, x):
+    return jax.vmap(lambda row: block(row))(x)
+
+
+FUNCTIONS = [mapped, recomputed, jitted, functional, in_a_branch, switched, partly_checkpointed]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: getattr(f, "__name__", "jitted"))

@@ -73,7 +73,7 @@ def arrays_of(module):
 
 def paths_of(model):
     """The path of every module within a model, by the module's identity."""
-    return {id(m): "/".join(map(str, path)) for path, m in nnx.iter_modules(model)}
+    return {id(m): "/".join(map(str, path)) for path, m in nnx.iter_graph(model)}
 
 
 @contextlib.contextmanager

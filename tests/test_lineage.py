@@ -125,6 +125,23 @@ HANDED_ON = {
         lambda w, x: used(w / lax.stop_gradient(jnp.linalg.norm(w))),
         whole(mixed=True),
     ),
+    # Copies of it along further axes.
+    "repeated": (
+        lambda w, x: used(jnp.broadcast_to(w, (5, 4, 3, 2))),
+        Origin(0, (None, 0, 1, 2)),
+    ),
+    "repeated, mapped": (
+        lambda w, x: jax.vmap(used)(jnp.broadcast_to(w, (5, 4, 3, 2))),
+        whole(),
+    ),
+    "repeated, scanned": (
+        lambda w, x: lax.map(used, jnp.broadcast_to(w, (5, 4, 3, 2))).sum(),
+        whole(),
+    ),
+    "noise for each of a vmap": (
+        lambda w, x: jax.vmap(lambda noise: used(w + noise))(jnp.arange(5.0)),
+        whole(mixed=True),
+    ),
     # What is no whole slice.
     "slice": (lambda w, x: used(w[1]), lost(REARRANGED)),
     "reshape": (lambda w, x: used(w.reshape(12, 2)), lost(REARRANGED)),
@@ -291,8 +308,12 @@ def test_places_lead_to_the_marks_and_to_the_loops_that_slice():
 
 
 def test_a_slice_of_a_vmap_is_taken_at_the_mark_itself():
-    (found,) = marks(lambda w, x: jax.vmap(lambda w: used(w), 1)(w))
-    assert found.origins[0].sliced == (Slice(1, found.place),)
+    """Which of several vmaps it is tells stacks of equal sizes apart."""
+    (found,) = marks(lambda w, x: jax.vmap(jax.vmap(used), 1)(w))
+    outer, inner = found.origins[0].sliced
+    assert (outer.axis, inner.axis) == (1, 0)
+    assert all(taken.loop[: len(found.place)] == found.place for taken in (outer, inner))
+    assert outer.loop != inner.loop
     assert found.axes == ((0, 1, 2),)
 
 

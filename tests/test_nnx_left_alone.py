@@ -38,7 +38,8 @@ def methods():
 @contextlib.contextmanager
 def left_as_it_was(model):
     """Every module, attribute, variable and array is the same object as before."""
-    modules = [(m, type(m), dict(vars(m))) for _, m in nnx.iter_modules(model)]
+    nodes = [node for _, node in nnx.iter_graph(model)]
+    modules = [(m, type(m), dict(vars(m))) for m in nodes if isinstance(m, nnx.Module)]
     arrays = [(v, v.get_value()) for v in jax.tree.leaves(nnx.state(model), is_leaf=is_variable)]
     before = methods()
     yield

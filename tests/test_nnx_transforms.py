@@ -26,9 +26,9 @@ def layers(axis=0, of=Block, length=3):
     """Blocks that lie stacked along an axis of each parameter."""
 
     def make(rngs):
-        rngs = rngs.split(length)
         out = nnx.StateAxes({nnx.Param: axis, ...: 0})
-        return nnx.vmap(of, in_axes=0, out_axes=out)(rngs)
+        many = nnx.vmap(of, in_axes=0, out_axes=out)
+        return nnx.split_rngs(splits=length)(many)(rngs)
 
     return random_model(make)
 
@@ -133,7 +133,7 @@ def test_a_scan_in_a_scan():
         return scalar(outer(blocks, x))
 
     def make(rngs):
-        return nnx.vmap(nnx.vmap(Block))(rngs.split((2, 3)))
+        return nnx.split_rngs(splits=(2, 3))(nnx.vmap(nnx.vmap(Block)))(rngs)
 
     model, x = random_model(make), inputs_of(X)
     layout, factors = captured(loss_fn, model, x)

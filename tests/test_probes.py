@@ -209,23 +209,6 @@ def test_one_layer_in_all_branches(x):
     assert_factors(factors, factors_of(loss_of(Block()), params, 2 * x))
 
 
-COPIED = {
-    "branches for each row": lambda p, row: lax.cond(
-        row[0] > 0.2, apply, lambda p, row: row, p, row
-    ),
-    "noise for each row": lambda p, row: apply(jax.tree.map(lambda a: a + row[0], p), row),
-}
-
-
-@pytest.mark.parametrize("how", COPIED)
-def test_parameters_that_a_vmap_makes_copies_of_are_uncovered(how, x):
-    params = random_params(Block(), x)
-    run = jax.vmap(COPIED[how], (None, 0))
-    layout, factors = captured(lambda p, x: scalar(run(p, x)), params, x)
-    assert factors == {}
-    assert all("slice or a rearrangement" in row.reason for row in layout.uncovered)
-
-
 def test_one_compiled_function_on_several_parameters(x):
     """Also in a loop, where the function gets slices of some and another whole."""
     one = random_params(Block(), x)

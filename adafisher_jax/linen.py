@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from flax import nnx
+
 from adafisher_jax import capture
 from adafisher_jax.layout import Layout
 
@@ -22,7 +24,7 @@ def trace_layout(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwar
       A static, hashable `Layout`; print it to see what is covered.
 
     Raises:
-      TypeError: for a leaf of `params` that is not floating-point.
+      TypeError: for a leaf of `params` that is not floating-point, or an `nnx.Module`.
       ValueError: if no layer was met, or layers of two kinds share a parameter.
 
     Example:
@@ -39,6 +41,7 @@ def trace_layout(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwar
       layers_2/kernel  dense  4   2    -        yes
       100.0% of 26 parameters under a Fisher block
     """
+    _check(params)
     return capture.trace_layout(loss_fn, params, args, kwargs)
 
 
@@ -76,6 +79,12 @@ def value_and_grad(
     capture.check_layout(layout)
 
     def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check(params)
         return capture.value_and_grad(loss_fn, layout, has_aux, params, args, kwargs)
 
     return grad_fn
+
+
+def _check(params: Any) -> None:
+    if isinstance(params, nnx.Module):
+        raise TypeError("params: got an nnx.Module, for which there is adafisher_jax.nnx")

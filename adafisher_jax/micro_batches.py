@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, check_factors, path_of
@@ -40,6 +41,7 @@ def accumulate(
       accumulated in at least float32. Auxiliary data come back as a stack.
 
     Raises:
+      TypeError: from the returned function, for an `nnx.Module`: docs/micro_batches.md has the way.
       ValueError: from the returned function, if the arguments or `weights` do not have one
         leading axis.
 
@@ -56,6 +58,11 @@ def accumulate(
     """
 
     def accumulated(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(params, nnx.Module):
+            raise TypeError(
+                "params: got an nnx.Module, which a scan cannot carry: split it into parameters "
+                "and the rest, and merge them in the function that is accumulated"
+            )
         call = {"args": args, "kwargs": kwargs}
         named, structure = jax.tree_util.tree_flatten_with_path(call)
         leaves = {path_of(keys): leaf for keys, leaf in named}

@@ -275,7 +275,7 @@ def _lost(origins: Origins, why: str) -> Origin | None:
         sources.pop() if len(sources) == 1 else None,
         (),
         frozen=all(x.frozen for x in behind),
-        lost=next((x.lost for x in behind if x.lost), why),
+        lost=why if any(not x.lost for x in behind) else behind[0].lost,
     )
 
 

@@ -329,7 +329,7 @@ class Own(nn.Module):
 
 
 UNCOVERED = {
-    "WeightNorm": {"WeightNorm_0/wrapped/kernel/scale": "known", "wrapped/": "transformed"},
+    "WeightNorm": {"WeightNorm_0/wrapped/kernel/scale": "known", "wrapped/": "known"},
     "SpectralNorm": {"wrapped/": "transformed"},
     "PReLU": {"prelu/negative_slope": "no layer of a known kind uses it"},
     "own": {"own/kernel": "no layer", "own/gain": "no layer"},

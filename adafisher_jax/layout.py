@@ -178,15 +178,6 @@ class Layout:
         outside = sum(row.leaf.size for row in self.uncovered)
         return inside / max(inside + outside, 1)
 
-    def without(self, layer: Layer, reason: str) -> "Layout":
-        """The layout with one layer fewer, its parameters uncovered for a reason."""
-        reason, *_ = reason.splitlines() or [""]
-        rows = (*self.uncovered, *(Uncovered(Leaf(x.path, x.shape), reason) for x in layer.leaves))
-        return Layout(
-            tuple(x for x in self.layers if x != layer),
-            tuple(sorted(rows, key=lambda row: row.leaf.path)),
-        )
-
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Checks arrays by path against the layers.
 

@@ -85,9 +85,36 @@ def minmax(
       >>> scaled.tolist(), slot.tolist()
       ([0.25, 1.0], [0.0])
     """
-    low = functools.reduce(jnp.minimum, [jnp.min(v, inner, keepdims=True) for v in values])
-    high = functools.reduce(jnp.maximum, [jnp.max(v, inner, keepdims=True) for v in values])
+    bounds = [extremes((v,), inner)[0] for v in values]
+    low = functools.reduce(jnp.minimum, [low for low, _ in bounds])
+    high = functools.reduce(jnp.maximum, [high for _, high in bounds])
     spread = high - low + epsilon
-    return tuple(
-        jnp.where(spread > 0, (v - low) / jnp.where(spread > 0, spread, 1), 0) for v in values
+    varies = spread >= jnp.finfo(spread.dtype).tiny  # else its inverse would overflow
+    inverse = jnp.where(varies, 1 / jnp.where(varies, spread, 1), 0)
+    return tuple((v - low) * inverse for v in values)
+
+
+def extremes(
+    values: tuple[jax.Array, ...], axes: tuple[int, ...]
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """The least and the greatest of each array, all in one reduction; NaN where there is one.
+
+    Args:
+      values: floating-point arrays of one shape.
+      axes: those reduced, which stay as 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [(low, high)] = extremes((jnp.array([[2.0, 5.0]]),), (1,))
+      >>> low.tolist(), high.tolist()
+      ([[2.0]], [[5.0]])
+    """
+    pick = (jax.lax.min, jax.lax.max) * len(values)
+    found = jax.lax.reduce(
+        tuple(v for v in values for _ in range(2)),
+        tuple(jnp.asarray(limit, v.dtype) for v in values for limit in (jnp.inf, -jnp.inf)),
+        lambda old, new: tuple(f(a, b) for f, a, b in zip(pick, old, new, strict=True)),
+        axes,
     )
+    kept = [jnp.expand_dims(v, axes) for v in found]
+    return tuple(zip(kept[::2], kept[1::2], strict=True))

@@ -1,9 +1,8 @@
 """Which parameter belongs to which layer: static, hashable, and printed as a table."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -73,6 +72,13 @@ class Layer:
         return tuple(leaf for leaf in (self.weight, self.bias) if leaf)
 
     @property
+    def nameless(self) -> "Layer":
+        """What is the same of layers that differ in nothing but paths."""
+        own = {name: getattr(self, name) for name in ("weight", "bias")}
+        own = {name: leaf and dataclasses.replace(leaf, path="") for name, leaf in own.items()}
+        return dataclasses.replace(self, path="", **own)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the array whose rank and stacked axes the factors share."""
         return self.leaves[0].shape
@@ -119,16 +125,20 @@ class Layer:
         own = [leaves[leaf.path] for leaf in self.leaves if leaf.path in leaves]
         return jnp.promote_types(jnp.result_type(*own), jnp.float32)
 
-    def zeros(self, dtype: Any = jnp.float32) -> Factor:
-        """Zero factors of the shapes this layer's have."""
+    @property
+    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the parts of this layer's `Factor`."""
         s = tuple(1 if axis.startswith("in") else n for n, axis in self._sized)
         if self.kind == "norm":  # a pair, for scale and shift, in place of the channels
             h = tuple(n if _is_block(axis) else 1 for n, axis in self._sized)
             h = tuple(2 if axis == "out0" else n for n, axis in zip(h, self.axes, strict=True))
         else:
             h = tuple(1 if axis.startswith("out") else n for n, axis in self._sized)
-        make = functools.partial(jnp.zeros, dtype=dtype)
-        return Factor(make(h), make(s), make(self.rows_shape), make(h))
+        return (h, s, self.rows_shape, h)
+
+    def zeros(self, dtype: Any = jnp.float32) -> Factor:
+        """Zero factors of this layer."""
+        return Factor(*(jnp.zeros(shape, dtype) for shape in self.factor_shapes))
 
     def to_bias(self, value: jax.Array) -> jax.Array:
         """Turns an array like `s` (or a bias-shaped sum) from the weight's axes to the bias's."""
@@ -146,6 +156,28 @@ class Layer:
         order = [mine.index(axis) for axis in self.axes if axis in mine]
         shape = [value.shape[mine.index(a)] if a in mine else 1 for a in self.axes]
         return value.transpose(order).reshape(shape)
+
+    def over_inputs(self, vector: jax.Array, weight: jax.Array) -> jax.Array:
+        """The sum over the in axes of the product of an array like `h` and the weight, like `s`.
+
+        A `dot_general`, which unlike a product and a sum makes nothing of the weight's size.
+        """
+        blocks = tuple(i for i, axis in enumerate(self.axes) if _is_block(axis))
+        outs = tuple(i for i in self.inner if i not in self.ins)
+        order = (*blocks, *outs)
+        kept = sorted((*blocks, *self.ins))
+        summed, alike = ((tuple(map(kept.index, axes)), axes) for axes in (self.ins, blocks))
+        spec = jax.typeof(weight).sharding.spec  # says something on explicit mesh axes alone
+        sharding = jax.sharding.PartitionSpec(*(spec[i] for i in order)) if any(spec) else None
+        found = jax.lax.dot_general(
+            jnp.squeeze(vector, outs),
+            weight,
+            (summed, alike),
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=sharding,
+        )
+        in_order = found.transpose([order.index(i) for i in sorted(order)])
+        return jnp.expand_dims(in_order, self.ins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +209,29 @@ class Layout:
         inside = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
         outside = sum(row.leaf.size for row in self.uncovered)
         return inside / max(inside + outside, 1)
+
+    def zeros(self, params: Any) -> dict[str, Factor]:
+        """The factors of a step that finds none: zeros, of zero rows, which refresh nothing.
+
+        They let the branches of a `jax.lax.cond` return the same, where some steps capture
+        factors and others do not.
+
+        Args:
+          params: what the loss differentiates, or a tree with its paths and types.
+
+        Example:
+          >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
+          >>> model, x = nn.Dense(2), jnp.ones((4, 3))
+          >>> params = model.init(jax.random.key(0), x)
+          >>> layout = af.trace_layout(lambda p, x: model.apply(p, x).sum(), params, x)
+          >>> factor = layout.zeros(params)["params"]
+          >>> factor.h.shape, factor.s.shape, float(factor.rows)
+          ((3, 1), (1, 2), 0.0)
+        """
+        named = jax.tree_util.tree_leaves_with_path(params)
+        leaves = {path_of(keys): leaf for keys, leaf in named}
+        self.check_params(leaves)
+        return {layer.path: layer.zeros(layer.dtype(leaves)) for layer in self.layers}
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Checks arrays by path against the layers.
@@ -226,7 +281,7 @@ def _sizes(leaf: Leaf, *roles: str) -> str:
     return "×".join(sizes) or "-"
 
 
-def check_factors(factors: Mapping[str, Factor], layers: tuple[Layer, ...]) -> None:
+def check_factors(factors: Mapping[str, Factor], layers: Iterable[Layer]) -> None:
     """Checks captured factors against the layers that need them.
 
     Raises:
@@ -246,12 +301,11 @@ def check_factors(factors: Mapping[str, Factor], layers: tuple[Layer, ...]) -> N
         found = factors[layer.path]
         if not isinstance(found, Factor):
             raise TypeError(f"factors[{layer.path!r}]: got {type(found).__name__}, wanted a Factor")
-        zeros = jax.eval_shape(layer.zeros)
-        for name, want, got in zip(Factor._fields, zeros, found, strict=True):
-            if jnp.shape(got) != want.shape:
+        for name, want, got in zip(Factor._fields, layer.factor_shapes, found, strict=True):
+            if jnp.shape(got) != want:
                 raise ValueError(
                     f"factors[{layer.path!r}].{name} has shape {jnp.shape(got)}, the layout "
-                    f"wants {want.shape}: the factors are of another model or layout"
+                    f"wants {want}: the factors are of another model or layout"
                 )
 
 

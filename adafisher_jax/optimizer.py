@@ -1,5 +1,6 @@
 """AdaFisher as optax transformations."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +94,34 @@ def scale_by_adafisher(
         """The layers with a parameter among `leaves`: masks may have taken the others."""
         return tuple(x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
 
+    def average(mu: jax.Array, grad: jax.Array) -> jax.Array:
+        return _average(mu, grad, b1)
+
+    # Jitted, so that like layers, and like parameters, are traced and lowered once.
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step_layer(
+        layer: Layer,
+        correction: jax.Array,
+        curvature: Curvature,
+        fresh: Factor | None,
+        mu: Pair,
+        grads: Pair,
+        scales: Pair,
+    ) -> tuple[Curvature, Pair, Pair, Pair]:
+        if fresh is not None:
+            curvature = chosen.refresh(layer, curvature, fresh)
+        new = jax.tree.map(average, mu, grads)
+        directions, scales = chosen.direction(layer, curvature, new, grads, scales)
+        return curvature, *_finish(correction, mu, grads, new, directions), scales
+
+    @jax.jit
+    def step_alone(correction: jax.Array, mu: Any, grad: Any, scale: Any) -> Step:
+        new = average(mu, grad)
+        direction, scale = chosen.fallback(new, grad, scale)
+        mu, direction = _finish(correction, mu, grad, new, direction)
+        return Step(mu, direction, scale)
+
     def init_fn(params: optax.Params) -> ScaleByAdaFisherState:
         leaves, _ = _by_path(params)
         for path, leaf in leaves.items():
@@ -138,50 +167,59 @@ def scale_by_adafisher(
         if not grads:
             return updates, state._replace(count=count)
         own = own_layers(grads)
-        curvatures = {
-            path: Curvature(factor, state.slots[path], state.skipped[path])
-            for path, factor in state.factors.items()
-        }
         if factors is not None:
             check_factors(factors, own)
-            curvatures = {
-                layer.path: chosen.refresh(layer, curvatures[layer.path], factors[layer.path])
-                for layer in own
-            }
+        before = dict(zip(grads, treedef.flatten_up_to(state.mu), strict=True))
+        widest = jnp.result_type(jnp.float32, *(jnp.finfo(g.dtype).dtype for g in grads.values()))
+        correction = 1 / (1 - jnp.asarray(b1, widest) ** count)
 
-        stored = dict(zip(grads, treedef.flatten_up_to(state.mu), strict=True))
-        mu = {path: _average(stored[path], g, b1) for path, g in grads.items()}
-        momentum = {path: m / (1 - jnp.asarray(b1, m.dtype) ** count) for path, m in mu.items()}
-
-        directions: dict[Any, Any] = {}
-        scales: dict[Any, Any] = {}
+        curvatures: dict[str, Curvature] = {}
+        after: dict[str, Step] = {}
         for layer in own:
+            at = layer.path
             paths = Pair(*(leaf and leaf.path for leaf in (layer.weight, layer.bias)))
-            found = chosen.direction(
-                layer,
-                curvatures[layer.path],
-                *(paths.pick(of) for of in (momentum, grads, state.scales)),
+            curvatures[at], *pairs = step_layer(
+                layer.nameless,
+                correction,
+                Curvature(state.factors[at], state.slots[at], state.skipped[at]),
+                None if factors is None else factors[at],
+                *(paths.pick(of) for of in (before, grads, state.scales)),
             )
-            for into, pair in zip((directions, scales), found, strict=True):
-                into.update(zip(paths, pair, strict=True))
+            for path, *found in zip(paths, *pairs, strict=True):
+                after[path] = Step._make(found)
         for path, g in grads.items():
-            if path not in directions:
-                directions[path], scales[path] = chosen.fallback(
-                    momentum[path], g, state.scales.get(path)
-                )
+            if path not in after:
+                after[path] = step_alone(correction, before[path], g, state.scales.get(path))
 
         new_state = ScaleByAdaFisherState(
             count=count,
-            mu=treedef.unflatten([mu[path].astype(m.dtype) for path, m in stored.items()]),
+            mu=treedef.unflatten([after[path].mu for path in grads]),
             factors={path: curvature.factor for path, curvature in curvatures.items()},
             slots={path: curvature.slot for path, curvature in curvatures.items()},
-            scales={path: scales[path] for path in state.scales},
+            scales={path: after[path].scale for path in state.scales},
             skipped={path: curvature.skipped for path, curvature in curvatures.items()},
         )
-        updates = treedef.unflatten([directions[p].astype(g.dtype) for p, g in grads.items()])
-        return updates, new_state
+        return treedef.unflatten([after[path].direction for path in grads]), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class Step(NamedTuple):
+    """What becomes of one parameter's momentum, its direction, and its scale if it has one."""
+
+    mu: jax.Array
+    direction: jax.Array
+    scale: Any
+
+
+def _finish(correction: jax.Array, mu: Any, grads: Any, new: Any, directions: Any) -> Any:
+    """The momentum and the bias-corrected directions, in the types that are wanted."""
+    return (
+        jax.tree.map(lambda like, m: m.astype(like.dtype), mu, new),
+        jax.tree.map(
+            lambda like, d: (d * correction.astype(d.dtype)).astype(like.dtype), grads, directions
+        ),
+    )
 
 
 def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adafisher_jax.factors import Axes, Factor, minmax
+from adafisher_jax.factors import Axes, Factor, extremes, minmax
 from adafisher_jax.layout import Layer
 
 
@@ -43,7 +43,10 @@ class Pair(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """A running mean square, one for each stacked layer, and the weight that corrects it."""
+    """A running mean square, one for each stacked layer, and the weight that corrects it.
+
+    Both have the parameter's rank, to broadcast against it.
+    """
 
     square: jax.Array
     weight: jax.Array
@@ -78,7 +81,10 @@ class Rule:
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
-        """The preconditioned momentum, and each parameter's `Scale` after this step."""
+        """The preconditioned momentum, and each parameter's `Scale` after this step.
+
+        Linear in the momentum, which is not bias-corrected yet.
+        """
         return momentum, scales
 
     def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
@@ -96,9 +102,10 @@ def _blend(
 ) -> Curvature:
     """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
     within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
+    extreme = (*extremes((fresh.h, fresh.mean), within), *extremes((fresh.s,), within))
     finite = jnp.isfinite(fresh.rows).reshape(layer.stack_shape)
-    for leaf in (fresh.h, fresh.s, fresh.mean):
-        finite &= jnp.all(jnp.isfinite(leaf), axis=within, keepdims=True)
+    for values in jax.tree.leaves(extreme):  # finite if all are, and NaN if one is
+        finite &= jnp.isfinite(values)
     took_part = (fresh.rows != 0).reshape(layer.stack_shape)
     usable = took_part & finite
 
@@ -211,7 +218,10 @@ class Centered(Rule):
     b2 = 0.99
 
     def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
-        shape = [n for n, axis in zip(leaf.shape, axes, strict=False) if axis.startswith("stack")]
+        shape = [1] * leaf.ndim
+        for i, axis in enumerate(axes):
+            if axis.startswith("stack"):
+                shape[i] = leaf.shape[i]
         dtype = jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32)
         return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -222,53 +232,70 @@ class Centered(Rule):
         refreshed = slot > 0
         weight = jnp.where(refreshed, slot, 1)
         h, s, mean = h / weight, s / weight, mean / weight
-        root_s = jnp.where(refreshed, self._root(layer, s), 1)
-        root_h = jnp.ones_like(root_s)
-        centers = layer.kind != "norm" and momentum.weight is not None and momentum.bias is not None
+        (d_w, d_b), (g_w, g_b), (scale_w, scale_b) = momentum, grads, scales
+        centers = layer.kind != "norm" and d_w is not None and d_b is not None
         if centers:
             h = jnp.maximum(h - jnp.square(mean), 0)
-            momentum, grads = (
-                pair._replace(weight=pair.weight - mean * layer.from_bias(pair.bias))
-                for pair in (momentum, grads)
-            )
+        inverse_s = jnp.where(refreshed, self._inverse_root(layer, s), 1)
+        inverse_h = jnp.ones_like(inverse_s)
         if layer.kind != "norm":
-            root_h = jnp.where(refreshed, self._root(layer, h), 1)
+            inverse_h = jnp.where(refreshed, self._inverse_root(layer, h), 1)
 
-        d_w, d_b = momentum
-        scale_w, scale_b = scales
-        if d_w is not None:
-            d_w, scale_w = self._by_rms(d_w, grads.weight, scale_w, layer.axes)
-            d_w = d_w / (root_h * root_s)
         if layer.bias is not None and d_b is not None:
-            d_b, scale_b = self._by_rms(d_b, grads.bias, scale_b, layer.bias.axes)
-            d_b = d_b / layer.to_bias(root_s)
+            scale_b, inverse_rms = self._by_rms(scale_b, _mean(_squared(g_b), layer.bias.axes))
+            d_b = d_b * inverse_rms * layer.to_bias(inverse_s)
+        if d_w is not None:
+            # What centering adds to sums over the weight is expanded: products of the weight as
+            # it is with a vector, so that nothing of its size is made for them.
+            square = _mean(_squared(g_w), layer.axes)
             if centers:
-                d_b = d_b - layer.to_bias(jnp.sum(mean * d_w, layer.ins, keepdims=True))
+                b = layer.from_bias(g_b)
+                cross = b * (b * _inner(layer, mean, mean) - 2 * layer.over_inputs(mean, g_w))
+                square = jnp.maximum(square + _mean(cross, layer.axes) / layer.fan_in, 0)
+            scale_w, inverse_rms = self._by_rms(scale_w, square)
+            inverse_in = inverse_h * inverse_rms
+            if centers:
+                b, pull = layer.from_bias(momentum.bias), mean * inverse_in
+                pulled = layer.over_inputs(pull, d_w) - b * _inner(layer, pull, mean)
+                d_b = d_b - layer.to_bias(pulled * inverse_s)
+                d_w = d_w - mean * b
+            d_w = d_w * (inverse_in * inverse_s)
         return Pair(d_w, d_b), Pair(scale_w, scale_b)
 
-    def _root(self, layer: Layer, values: jax.Array) -> jax.Array:
-        """The damped root of values relative to their block's average."""
+    def _inverse_root(self, layer: Layer, values: jax.Array) -> jax.Array:
+        """One over the damped root of values relative to their block's average."""
         average = jnp.mean(values, layer.inner, keepdims=True)
         relative = jnp.where(average > 0, values / jnp.where(average > 0, average, 1), 1)
-        return jnp.sqrt(relative + self.damping)
+        return jax.lax.rsqrt(relative + self.damping)
 
     def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
-        return self._by_rms(momentum, grad, scale, ())
+        scale, inverse_rms = self._by_rms(scale, jnp.mean(_squared(grad), keepdims=True))
+        return momentum * inverse_rms, scale
 
-    def _by_rms(self, momentum: Any, grad: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
-        """The momentum over the root mean square of the gradient, per stacked layer."""
-        stacked = [i for i, axis in enumerate(axes) if axis.startswith("stack")]
-        others = tuple(i for i in range(grad.ndim) if i not in stacked)
-        square = jnp.mean(jnp.square(jnp.abs(grad).astype(scale.square.dtype)), others)
+    def _by_rms(self, scale: Scale, square: jax.Array) -> tuple[Scale, jax.Array]:
+        """The scale after a gradient of mean square `square`, and one over its root."""
         good = jnp.isfinite(square)
         scale = jax.tree.map(
             lambda old, new: jnp.where(good, self.b2 * old + (1 - self.b2) * new, old),
             scale,
             Scale(square, jnp.ones_like(square)),
         )
-        rms = jnp.sqrt(scale.square / jnp.where(scale.weight > 0, scale.weight, 1))
-        inverse = jnp.where(rms > 0, 1 / jnp.where(rms > 0, rms, 1), 0)
-        return momentum * jnp.expand_dims(inverse, others), scale
+        average = scale.square / jnp.where(scale.weight > 0, scale.weight, 1)
+        return scale, jnp.where(average > 0, jax.lax.rsqrt(jnp.where(average > 0, average, 1)), 0)
+
+
+def _squared(x: jax.Array) -> jax.Array:
+    return jnp.square(jnp.abs(x).astype(jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)))
+
+
+def _mean(values: jax.Array, axes: Axes) -> jax.Array:
+    """The average of each stacked layer; the other axes stay as 1."""
+    within = tuple(i for i, axis in enumerate(axes) if not axis.startswith("stack"))
+    return jnp.mean(values, within, keepdims=True)
+
+
+def _inner(layer: Layer, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.sum(left * right, layer.ins, keepdims=True)
 
 
 # Each rule with its default averaging constant and damping.

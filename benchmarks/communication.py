@@ -1,5 +1,6 @@
 """How many bytes devices exchange for the factors, read off the compiled train step.
 
+    python -m benchmarks communication
     python benchmarks/communication.py [--layers 4] [--widths 256 512] [--json communication.json]
 
 A transformer trains data-parallel on eight virtual CPU devices. Its train step is compiled with
@@ -24,6 +25,8 @@ from jax.sharding import PartitionSpec as P
 import adafisher_jax as af
 
 DEVICES, BATCH, LENGTH, VOCABULARY = 8, 32, 64, 4096
+LAYERS, WIDTHS = 4, [256, 512]
+COLUMNS = "layers width gradient_bytes added_bytes added_percent".split()
 
 COLLECTIVES = "all-reduce all-gather reduce-scatter all-to-all collective-permute".split()
 INSTRUCTION = re.compile(r"%?([\w.-]+) = (\(.*?\)|\S+) ([a-z-]+)\((.*?)\)")
@@ -128,16 +131,39 @@ def print_table(rows):
         )
 
 
+def use_virtual_devices():
+    """To be called before JAX looks for devices."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def cases(options):
+    use_virtual_devices()
+    return {"transformer": [f"width {width}" for width in WIDTHS]}
+
+
+def run(case, labels, options):
+    for label in labels:
+        yield label, measure(1 if options.quick else LAYERS, int(label.split()[1]))
+
+
+def plot(figure, rows):
+    figure.set_size_inches(5, 3)
+    axes = figure.add_subplot()
+    bars = axes.bar([row["label"] for row in rows], [row["added_percent"] for row in rows])
+    axes.bar_label(bars, fmt="%.2f %%")
+    axes.set_ylabel("added by factors,\n% of the gradients' bytes")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = pathlib.Path(__file__).with_suffix(".json")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--json", default=default, help="where to write the table, with versions")
     arguments = parser.parse_args()
 
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
+    use_virtual_devices()
     rows = [measure(arguments.layers, width) for width in arguments.widths]
     print_table(rows)
     versions = {package.__name__: package.__version__ for package in (jax, flax, optax)}

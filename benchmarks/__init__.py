@@ -1,0 +1,1 @@
+"""Measurements of adafisher_jax: `python -m benchmarks --help`."""

@@ -1,0 +1,99 @@
+"""Measures, and stores what was measured.
+
+    python -m benchmarks update --only "paper"
+    python -m benchmarks all
+
+A suite is a module of this package: `cases(options)` tells its tables' parts and their rows'
+labels, `run(case, labels, options)` measures some, `plot(figure, rows)` draws them.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import pathlib
+import shlex
+import sys
+
+from tqdm import tqdm
+
+from benchmarks import report
+
+SUITES = {
+    "update": "the optimizer's part of a step, against AdamW's",
+    "capture": "gradients with factors, against gradients alone",
+    "train_step": "whole train steps, against AdamW's",
+    "peers": "train steps of other optimizers",
+    "growth": "time, memory and statistics against sizes",
+    "compile_time": "trace, lowering and compilation, against AdamW's",
+    "communication": "bytes that eight devices exchange (CPU, not in `all`)",
+}
+ALL = [name for name in SUITES if name != "communication"]  # it sets up JAX in its own way
+RESULTS = pathlib.Path(__file__).with_name("results")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to measure: rounds, and whether with tiny sizes."""
+
+    rounds: int
+    quick: bool
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="suite", required=True, metavar="suite")
+    for name, text in {**SUITES, "all": ", ".join(ALL)}.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--only", default="", help="rows whose name contains this")
+        command.add_argument("--rounds", type=int, help="default 20; with --quick 3")
+        command.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
+        command.add_argument("--out", type=pathlib.Path, help=f"default {RESULTS.name}/ here")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    options = Options(arguments.rounds or (3 if quick else 20), quick)
+    out = arguments.out or (RESULTS / "quick" if quick else RESULTS)
+    for name in ALL if arguments.suite == "all" else [arguments.suite]:
+        measure(name, arguments.only, options, out)
+
+
+def measure(name, only, options, out):
+    """Runs a suite's wanted rows, stores and prints them."""
+    suite = importlib.import_module(f"benchmarks.{name}")
+    cases = suite.cases(options)
+    order = [f"{case}, {label}" for case, labels in cases.items() for label in labels]
+    wanted = {
+        case: [label for label in labels if only in f"{case}, {label}"]
+        for case, labels in cases.items()
+    }
+    total = sum(map(len, wanted.values()))
+    if not total:
+        print(f"{name}: no row's name contains {only!r}: {'; '.join(order)}")
+        return
+    under = report.circumstances(getattr(suite, "PACKAGES", []), options.quick)
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    path = out / f"{name}.json"
+    try:
+        rows = {row["name"]: row for row in (report.stored(path, under) if only else [])}
+    except ValueError as error:
+        sys.exit(str(error))
+    new = []
+    with tqdm(total=total, desc=name, unit="row") as progress:
+        for case, labels in wanted.items():
+            if not labels:
+                continue
+            progress.set_postfix_str(case)
+            for label, found in suite.run(case, labels, options):
+                row = {"name": f"{case}, {label}", "case": case, "label": label, **found}
+                rows[row["name"]] = row | {"date": report.now()}
+                new.append(row)
+                progress.update()
+            found = [rows[row] for row in order if row in rows]
+            report.store(path, found, under, command)  # after each case, should a later one fail
+            report.draw(path.with_suffix(".png"), suite.plot, found, under["machine"])
+    print(report.table(suite.COLUMNS, new))
+
+
+if __name__ == "__main__":
+    main()

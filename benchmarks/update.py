@@ -1,0 +1,76 @@
+"""The optimizer's part of a step, `tx.update` and `apply_updates`, against AdamW's.
+
+Gradients and factors are fixed. `gb_per_s` counts the bytes that must move: parameters, gradients
+and momentum in, parameters and momentum out, and one more array in and out for AdamW; `of_copy` is
+its share of what a pass `x + 1` over as many bytes as SGD moves reaches, timed in the same rounds.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import optimizers, plots, tasks
+from benchmarks.measure import contender, interleaved, nbytes, timing
+from benchmarks.steps import own, update_step
+
+COLUMNS = "ms ratio quartiles to_reach must_move_mb gb_per_s of_copy".split()
+TASKS = ["wide_mlp", "resnet50", "transformer24"]
+COPY, BASELINE = "copy", "adamw"
+PASSES = {BASELINE: 7}  # over the parameters; 5 for the others
+
+
+def cases(options):
+    names = tasks.names(TASKS, [*TASKS, "vit_b", "gpt2_small"])
+    return {name: [*optimizers.RULES, BASELINE, "sgd"] for name in names}
+
+
+def run(case, labels, options):
+    task = tasks.make(case, options.quick)
+    params, grads = (random(task.shapes(), seed, 0.1) for seed in range(2))
+    wanted = {layer.path: jax.eval_shape(layer.zeros) for layer in task.layout.layers}
+    factors = jax.tree.map(jnp.abs, random(wanted, 2, 1.0))
+
+    def enter(name):
+        tx = optimizers.make(name, task.layout)
+        state = own((params, jax.jit(tx.init)(params)))
+        given = factors if name in optimizers.RULES else None
+        return contender(update_step(tx), state, grads, given)
+
+    contenders = {name: enter(name) for name in dict.fromkeys([BASELINE, *labels])}
+    size = nbytes(params)
+    contenders[COPY] = contender(lambda x: x + 1, jnp.zeros(5 * size // 8, jnp.float32))
+    seconds = interleaved(contenders, options.rounds)
+    ceiling = 5 * size / np.median(seconds[COPY])
+    for name in labels:
+        moved = PASSES.get(name, 5) * size
+        row = timing(seconds[name], seconds[BASELINE])
+        yield (
+            name,
+            row
+            | {
+                "to_reach": to_reach(case) if name in optimizers.RULES else None,
+                "must_move_mb": moved / 1e6,
+                "gb_per_s": moved / (1e6 * row["ms"]),
+                "of_copy": 1e3 * moved / row["ms"] / ceiling,
+            },
+        )
+
+
+def random(tree, seed, scale):
+    """Numbers in the shapes of a tree."""
+    rng = np.random.default_rng(seed)
+
+    def make(leaf):
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * np.float32(scale))
+
+    return jax.tree.map(make, tree)
+
+
+def to_reach(case):
+    if case == "wide_mlp":
+        return tasks.names([0.75], [0.72])[0]
+    return 0.85
+
+
+def plot(figure, rows):
+    plots.ratios(figure, rows, "update and apply, time against AdamW's")

@@ -1,0 +1,199 @@
+"""What the compiled programs are made of: no timings, only structure."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import adafisher_jax as af
+
+RULES = ["paper", "official", "centered"]
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\S+?\[[\d,]*\])\S* ([a-z-]+)\(", re.M)
+
+
+def instructions(program):
+    """(name, shape, operation) of what runs as a unit: fusions, not what is inside them."""
+    entry = program.as_text().split("\nENTRY ")[1]
+    return [found.groups() for found in INSTRUCTION.finditer(entry)]
+
+
+def operations(program):
+    """Every operation anywhere in the program, fused or not."""
+    return [operation for *_, operation in INSTRUCTION.findall(program.as_text())]
+
+
+def size(shape):
+    return int(np.prod([int(n) for n in re.findall(r"\d+", shape.split("[")[1])]))
+
+
+class Net(nn.Module):
+    """Layers of unlike sizes, so that a shape tells whose it is."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(384)(x))
+        return nn.Dense(192, use_bias=False)(x)
+
+
+class ConvNet(nn.Module):
+    kernel: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(24, (self.kernel, self.kernel))(x))
+        return nn.Conv(40, (self.kernel, self.kernel), strides=2)(x).mean((1, 2))
+
+
+def problem(model, x):
+    def loss_fn(params, x):
+        return jnp.mean(jnp.square(model.apply({"params": params}, x)))
+
+    params = model.init(jax.random.key(0), x)["params"]
+    return loss_fn, params, af.trace_layout(loss_fn, params, x)
+
+
+def compile_update(tx, params, factors):
+    def update(params, state, grads, factors):
+        updates, state = tx.update(grads, state, params, factors=factors)
+        return optax.apply_updates(params, updates), state
+
+    donating = jax.jit(update, donate_argnums=(0, 1))
+    return donating.lower(params, tx.init(params), params, factors).compile()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_parameter_is_updated_in_two_passes(rule):
+    """One writes its momentum and one the parameter; nothing else of its size is made."""
+    _, params, layout = problem(Net(), jnp.ones((8, 640)))
+    tx = af.adafisherw(1e-3, layout, rule=rule)
+    program = compile_update(tx, params, layout.zeros(params))
+    for layer in layout.layers:
+        shape = "f32[{},{}]".format(*layer.weight.shape)
+        made = [o for _, found, o in instructions(program) if found == shape and o != "parameter"]
+        assert made == ["fusion"] * 2, (layer.path, made)
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * 4 * 384 * 640
+
+
+def grads_programs(model, x):
+    loss_fn, params, layout = problem(model, x)
+    plain = jax.jit(jax.value_and_grad(loss_fn)).lower(params, x).compile()
+    full = jax.jit(af.value_and_grad(loss_fn, layout)).lower(params, x).compile()
+    return plain, full
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(Net(), jnp.ones((96, 640))), (ConvNet(5), jnp.ones((8, 20, 20, 3)))],
+    ids=["dense", "conv"],
+)
+def test_capture_multiplies_no_activations_anew_and_stores_none(model, x):
+    """As many large products as without factors, no patches, and no further temporary memory."""
+    plain, full = grads_programs(model, x)
+    largest = max(size(shape) for _, shape, _ in instructions(plain))
+    assert max(size(shape) for _, shape, _ in instructions(full)) <= largest
+    convolutions = [operations(program).count("convolution") for program in (plain, full)]
+    assert convolutions[0] == convolutions[1]
+    temp = [program.memory_analysis().temp_size_in_bytes for program in (plain, full)]
+    assert temp[1] <= temp[0] + 0.1 * 4 * largest
+
+
+def test_statistics_of_a_convolution_do_not_grow_with_the_kernel_s_area():
+    x = jnp.ones((8, 24, 24, 3))
+
+    def added(kernel):
+        plain, full = (p.cost_analysis()["flops"] for p in grads_programs(ConvNet(kernel), x))
+        return full - plain
+
+    assert added(7) < 1.5 * added(3)  # by area it would be 5.4 times as much
+
+
+def test_a_step_stays_on_the_device():
+    loss_fn, params, layout = problem(Net(), jnp.ones((8, 640)))
+    tx = af.adafisher(1e-3, layout, rule="centered")
+
+    @jax.jit
+    def step(params, state, x):
+        _, grads, factors = af.value_and_grad(loss_fn, layout)(params, x)
+        updates, state = tx.update(grads, state, params, factors=factors)
+        return optax.apply_updates(params, updates), state
+
+    program = step.lower(params, tx.init(params), jnp.ones((8, 640))).compile()
+    found = set(operations(program))
+    assert not found & {"infeed", "outfeed", "send", "recv", "copy-start", "conditional", "while"}
+    assert "callback" not in program.as_text()
+
+
+def test_a_skipped_refresh_runs_no_statistics():
+    """In one program, the branch of skipped steps is that of plain gradients."""
+    loss_fn, params, layout = problem(Net(), jnp.ones((8, 640)))
+
+    def find(due, params, x):
+        return jax.lax.cond(
+            due,
+            lambda: af.value_and_grad(loss_fn, layout)(params, x),
+            lambda: (*jax.value_and_grad(loss_fn)(params, x), layout.zeros(params)),
+        )
+
+    program = jax.make_jaxpr(find)(True, params, jnp.ones((8, 640)))
+    (cond,) = [eqn for eqn in program.eqns if eqn.primitive.name == "cond"]
+    kept, refreshed = (str(branch).count("reduce_sum") for branch in cond.params["branches"])
+    assert kept == str(
+        jax.make_jaxpr(jax.value_and_grad(loss_fn))(params, jnp.ones((8, 640)))
+    ).count("reduce_sum")
+    assert refreshed > kept
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_program_with_a_schedule_equals_leaving_factors_out(rule):
+    x = jax.random.normal(jax.random.key(0), (8, 20))
+    loss_fn, params, layout = problem(Net(), x)
+    tx = af.adafisher(1e-3, layout, rule=rule)
+    capture = af.value_and_grad(loss_fn, layout)
+
+    @jax.jit
+    def scheduled(params, state, due):
+        _, grads, factors = jax.lax.cond(
+            due,
+            lambda: capture(params, x),
+            lambda: (*jax.value_and_grad(loss_fn)(params, x), layout.zeros(params)),
+        )
+        updates, state = tx.update(grads, state, params, factors=factors)
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def refreshing(params, state):
+        _, grads, factors = capture(params, x)
+        updates, state = tx.update(grads, state, params, factors=factors)
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def keeping(params, state):
+        updates, state = tx.update(jax.grad(loss_fn)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    one = two = params, tx.init(params)
+    for due in [False, True, False, True, False]:
+        one = scheduled(*one, due)
+        two = (refreshing if due else keeping)(*two)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), one, two)
+
+
+def test_like_layers_are_traced_once():
+    """The update's program calls one function for all of them."""
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(5):
+                x = nn.relu(nn.Dense(16)(x))
+            return x
+
+    _, params, layout = problem(Deep(), jnp.ones((2, 16)))
+    tx = af.scale_by_adafisher(layout)
+    zeros = layout.zeros(params)
+    lowered = jax.jit(lambda g, s: tx.update(g, s, factors=zeros)).lower(params, tx.init(params))
+    assert lowered.as_text().count("func.func private @step_layer") == 1

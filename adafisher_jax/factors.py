@@ -77,7 +77,7 @@ def minmax(
       epsilon: added to the denominator (1e-6 in the released code).
 
     Returns:
-      Arrays of the same shapes; 0 for a constant vector.
+      Arrays of the same shapes, in [0, 1] up to rounding; 0 for a constant vector.
 
     Example:
       >>> import jax.numpy as jnp

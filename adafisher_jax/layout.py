@@ -74,9 +74,8 @@ class Layer:
     @property
     def nameless(self) -> "Layer":
         """What is the same of layers that differ in nothing but paths."""
-        own = {name: getattr(self, name) for name in ("weight", "bias")}
-        own = {name: leaf and dataclasses.replace(leaf, path="") for name, leaf in own.items()}
-        return dataclasses.replace(self, path="", **own)
+        weight, bias = (x and dataclasses.replace(x, path="") for x in (self.weight, self.bias))
+        return dataclasses.replace(self, path="", weight=weight, bias=bias)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -160,15 +159,17 @@ class Layer:
     def over_inputs(self, vector: jax.Array, weight: jax.Array) -> jax.Array:
         """The sum over the in axes of the product of an array like `h` and the weight, like `s`.
 
-        A `dot_general`, which unlike a product and a sum makes nothing of the weight's size.
+        A `dot_general`, of which unlike a product and a sum no compiler stores a product.
         """
         blocks = tuple(i for i, axis in enumerate(self.axes) if _is_block(axis))
         outs = tuple(i for i in self.inner if i not in self.ins)
         order = (*blocks, *outs)
         kept = sorted((*blocks, *self.ins))
         summed, alike = ((tuple(map(kept.index, axes)), axes) for axes in (self.ins, blocks))
-        spec = jax.typeof(weight).sharding.spec  # says something on explicit mesh axes alone
-        sharding = jax.sharding.PartitionSpec(*(spec[i] for i in order)) if any(spec) else None
+        mesh, spec = jax.typeof(weight).sharding.mesh, jax.typeof(weight).sharding.spec
+        wanted = jax.sharding.PartitionSpec(*(spec[i] for i in order))
+        # Only explicit mesh axes are in a type.
+        sharding = jax.sharding.NamedSharding(mesh, wanted) if any(spec) else None
         found = jax.lax.dot_general(
             jnp.squeeze(vector, outs),
             weight,
@@ -231,7 +232,11 @@ class Layout:
         named = jax.tree_util.tree_leaves_with_path(params)
         leaves = {path_of(keys): leaf for keys, leaf in named}
         self.check_params(leaves)
-        return {layer.path: layer.zeros(layer.dtype(leaves)) for layer in self.layers}
+        return {
+            layer.path: layer.zeros(layer.dtype(leaves))
+            for layer in self.layers
+            if any(leaf.path in leaves for leaf in layer.leaves)
+        }
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Checks arrays by path against the layers.

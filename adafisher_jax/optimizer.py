@@ -9,7 +9,7 @@ import optax
 
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, check_factors, check_state, path_of
-from adafisher_jax.rules import Curvature, Pair, Scale, check_fraction, make_rule
+from adafisher_jax.rules import Curvature, Pair, Rule, Scale, check_fraction, make_rule
 
 
 class ScaleByAdaFisherState(NamedTuple):
@@ -94,34 +94,6 @@ def scale_by_adafisher(
         """The layers with a parameter among `leaves`: masks may have taken the others."""
         return tuple(x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
 
-    def average(mu: jax.Array, grad: jax.Array) -> jax.Array:
-        return _average(mu, grad, b1)
-
-    # Jitted, so that like layers, and like parameters, are traced and lowered once.
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def step_layer(
-        layer: Layer,
-        correction: jax.Array,
-        curvature: Curvature,
-        fresh: Factor | None,
-        mu: Pair,
-        grads: Pair,
-        scales: Pair,
-    ) -> tuple[Curvature, Pair, Pair, Pair]:
-        if fresh is not None:
-            curvature = chosen.refresh(layer, curvature, fresh)
-        new = jax.tree.map(average, mu, grads)
-        directions, scales = chosen.direction(layer, curvature, new, grads, scales)
-        return curvature, *_finish(correction, mu, grads, new, directions), scales
-
-    @jax.jit
-    def step_alone(correction: jax.Array, mu: Any, grad: Any, scale: Any) -> Step:
-        new = average(mu, grad)
-        direction, scale = chosen.fallback(new, grad, scale)
-        mu, direction = _finish(correction, mu, grad, new, direction)
-        return Step(mu, direction, scale)
-
     def init_fn(params: optax.Params) -> ScaleByAdaFisherState:
         leaves, _ = _by_path(params)
         for path, leaf in leaves.items():
@@ -178,18 +150,23 @@ def scale_by_adafisher(
         for layer in own:
             at = layer.path
             paths = Pair(*(leaf and leaf.path for leaf in (layer.weight, layer.bias)))
-            curvatures[at], *pairs = step_layer(
+            curvatures[at], *pairs = _step_layer(
                 layer.nameless,
+                chosen,
+                b1,
                 correction,
                 Curvature(state.factors[at], state.slots[at], state.skipped[at]),
                 None if factors is None else factors[at],
                 *(paths.pick(of) for of in (before, grads, state.scales)),
             )
             for path, *found in zip(paths, *pairs, strict=True):
-                after[path] = Step._make(found)
+                if path in grads:
+                    after[path] = Step._make(found)
         for path, g in grads.items():
             if path not in after:
-                after[path] = step_alone(correction, before[path], g, state.scales.get(path))
+                after[path] = _step_alone(
+                    chosen, b1, correction, before[path], g, state.scales.get(path)
+                )
 
         new_state = ScaleByAdaFisherState(
             count=count,
@@ -212,14 +189,43 @@ class Step(NamedTuple):
     scale: Any
 
 
-def _finish(correction: jax.Array, mu: Any, grads: Any, new: Any, directions: Any) -> Any:
-    """The momentum and the bias-corrected directions, in the types that are wanted."""
-    return (
-        jax.tree.map(lambda like, m: m.astype(like.dtype), mu, new),
-        jax.tree.map(
-            lambda like, d: (d * correction.astype(d.dtype)).astype(like.dtype), grads, directions
-        ),
-    )
+# Jitted, so that like layers, and like parameters, are traced and lowered once.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step_layer(
+    layer: Layer,
+    rule: Rule,
+    b1: Any,
+    correction: jax.Array,
+    curvature: Curvature,
+    fresh: Factor | None,
+    mu: Pair,
+    grads: Pair,
+    scales: Pair,
+) -> tuple[Curvature, Pair, Pair, Pair]:
+    """A layer's averages, and its parameters' momenta, directions and scales."""
+    if fresh is not None:
+        curvature = rule.refresh(layer, curvature, fresh)
+    new = jax.tree.map(functools.partial(_average, b1), mu, grads)
+    directions, scales = rule.direction(layer, curvature, new, grads, scales)
+    directions = jax.tree.map(lambda d: d * correction.astype(d.dtype), directions)
+    return curvature, _typed_like(mu, new), _typed_like(grads, directions), scales
+
+
+@jax.jit
+def _step_alone(
+    rule: Rule, b1: Any, correction: jax.Array, mu: jax.Array, grad: jax.Array, scale: Any
+) -> Step:
+    """The same of a parameter outside every layer."""
+    new = _average(b1, mu, grad)
+    direction, scale = rule.fallback(new, grad, scale)
+    direction = direction * correction.astype(direction.dtype)
+    return Step(_typed_like(mu, new), _typed_like(grad, direction), scale)
+
+
+def _typed_like(wanted: Any, values: Any) -> Any:
+    return jax.tree.map(lambda like, value: value.astype(like.dtype), wanted, values)
 
 
 def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -233,7 +239,7 @@ def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
     return found, treedef
 
 
-def _average(mu: jax.Array, grad: jax.Array, b1: Any) -> jax.Array:
+def _average(b1: Any, mu: jax.Array, grad: jax.Array) -> jax.Array:
     """The momentum after `grad`, in at least float32; as it was where `mu` could not store it."""
     most = jnp.finfo(mu.dtype).max
     dtype = jnp.promote_types(jnp.promote_types(mu.dtype, grad.dtype), jnp.float32)

@@ -233,6 +233,10 @@ class Centered(Rule):
         weight = jnp.where(refreshed, slot, 1)
         h, s, mean = h / weight, s / weight, mean / weight
         (d_w, d_b), (g_w, g_b), (scale_w, scale_b) = momentum, grads, scales
+
+        def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+            return jnp.sum(left * right, layer.ins, keepdims=True)
+
         centers = layer.kind != "norm" and d_w is not None and d_b is not None
         if centers:
             h = jnp.maximum(h - jnp.square(mean), 0)
@@ -246,19 +250,20 @@ class Centered(Rule):
             d_b = d_b * inverse_rms * layer.to_bias(inverse_s)
         if d_w is not None:
             # What centering adds to sums over the weight is expanded: products of the weight as
-            # it is with a vector, so that nothing of its size is made for them.
+            # it is with a vector, so that (in one float type) nothing of its size is made.
             square = _mean(_squared(g_w), layer.axes)
             if centers:
-                b = layer.from_bias(g_b)
-                cross = b * (b * _inner(layer, mean, mean) - 2 * layer.over_inputs(mean, g_w))
-                square = jnp.maximum(square + _mean(cross, layer.axes) / layer.fan_in, 0)
+                g_b = layer.from_bias(g_b)
+                cross = g_b * (g_b * dot(mean, mean) - 2 * layer.over_inputs(mean, g_w))
+                least = jnp.finfo(square.dtype).eps * square  # what rounding leaves of it
+                square = jnp.maximum(square + _mean(cross, layer.axes) / layer.fan_in, least)
             scale_w, inverse_rms = self._by_rms(scale_w, square)
             inverse_in = inverse_h * inverse_rms
             if centers:
-                b, pull = layer.from_bias(momentum.bias), mean * inverse_in
-                pulled = layer.over_inputs(pull, d_w) - b * _inner(layer, pull, mean)
+                m_b, pull = layer.from_bias(momentum.bias), mean * inverse_in
+                pulled = layer.over_inputs(pull, d_w) - m_b * dot(pull, mean)
                 d_b = d_b - layer.to_bias(pulled * inverse_s)
-                d_w = d_w - mean * b
+                d_w = d_w - mean * m_b
             d_w = d_w * (inverse_in * inverse_s)
         return Pair(d_w, d_b), Pair(scale_w, scale_b)
 
@@ -274,6 +279,7 @@ class Centered(Rule):
 
     def _by_rms(self, scale: Scale, square: jax.Array) -> tuple[Scale, jax.Array]:
         """The scale after a gradient of mean square `square`, and one over its root."""
+        square = square.astype(scale.square.dtype)
         good = jnp.isfinite(square)
         scale = jax.tree.map(
             lambda old, new: jnp.where(good, self.b2 * old + (1 - self.b2) * new, old),
@@ -294,16 +300,15 @@ def _mean(values: jax.Array, axes: Axes) -> jax.Array:
     return jnp.mean(values, within, keepdims=True)
 
 
-def _inner(layer: Layer, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.sum(left * right, layer.ins, keepdims=True)
-
-
 # Each rule with its default averaging constant and damping.
 _RULES: dict[str, tuple[type[Rule], float, float]] = {
     "paper": (Paper, 0.8, 1e-3),
     "official": (Official, 0.8, 1e-3),
     "centered": (Centered, 0.95, 0.01),
 }
+
+for _rule, _, _ in _RULES.values():
+    jax.tree_util.register_dataclass(_rule, data_fields=["ema", "damping"], meta_fields=[])
 
 
 def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:

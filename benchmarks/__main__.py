@@ -4,7 +4,8 @@
     python -m benchmarks all
 
 A suite is a module of this package: `cases(options)` tells its tables' parts and their rows'
-labels, `run(case, labels, options)` measures some, `plot(figure, rows)` draws them.
+labels, `run(case, labels, options)` measures some, `plot(figure, rows)` draws them. The columns
+`to_reach` and `at_least` are what this project aims at.
 """
 
 import argparse

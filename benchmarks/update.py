@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import adafisher_jax as af
 from benchmarks import optimizers, plots, tasks
 from benchmarks.measure import contender, interleaved, nbytes, timing
 from benchmarks.steps import own, update_step
@@ -28,7 +29,10 @@ def run(case, labels, options):
     task = tasks.make(case, options.quick)
     params, grads = (random(task.shapes(), seed, 0.1) for seed in range(2))
     wanted = {layer.path: jax.eval_shape(layer.zeros) for layer in task.layout.layers}
-    factors = jax.tree.map(jnp.abs, random(wanted, 2, 1.0))
+    factors = {
+        path: af.Factor(h=f.h**2 + f.mean**2, s=f.s**2, rows=f.rows**2 + 1, mean=f.mean)
+        for path, f in random(wanted, 2, 1.0).items()
+    }
 
     def enter(name):
         tx = optimizers.make(name, task.layout)

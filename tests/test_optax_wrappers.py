@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from adafisher_jax import optimizer
 from tests.hand_made import layout_of, quick_jit
 from tests.test_wrappers import LAYOUT, PARAMS, A, B, any_rule, close, data, inside, run, updates_of
 
@@ -295,3 +296,17 @@ def test_the_state_is_read_and_set_by_name():
     updates, _ = TX.update(data(2)[0], forgetful, PARAMS)
     expected, _ = run(af.adafisher(0.1, rule="centered"), steps=3)
     close(updates["b"], expected[2]["b"])  # the scales are the same: without a bias, uncentered
+
+
+@any_rule
+def test_eager_steps_with_injected_hyperparameters_compile_once(rule):
+    """`inject_hyperparams` makes the transformation anew at every update."""
+    params = {"layer": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "other": jnp.ones(4)}
+    tx = optax.inject_hyperparams(af.adafisher)(1e-2, rule=rule, damping=0.1)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    compiled = optimizer._step_alone._cache_size()
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    assert optimizer._step_alone._cache_size() == compiled

@@ -370,3 +370,27 @@ def test_the_rules_defaults_are_those_documented():
             tx = af.scale_by_adafisher(layout_of(LAYER), rule=rule, **given_)
             found.append(quick_jit(tx.update)(grads, tx.init(grads), factors=factors))
         jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_centered_steps_of_inputs_far_from_zero_stay_within_its_rms():
+    """Where rounding leaves nothing of the centered gradient, a weight is not stepped wildly."""
+    far, out = 1e4, 2
+    h = jnp.full((2, 1), far)
+    factor = af.Factor(h**2, jnp.ones((1, out)), jnp.array(8.0), h)
+    bias = jnp.array([0.5, -1.0])
+    grads = {"layer": {"weight": far * jnp.stack([bias, bias]) * (1 + 1e-7), "bias": bias}}
+    tx = af.scale_by_adafisher(layout_of(LAYER), rule="centered")
+    updates, state = quick_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
+    assert jnp.max(jnp.abs(updates["layer"]["weight"])) < 10
+    assert state.scales["layer/weight"].square.item() > 0
+
+
+def test_the_scales_keep_their_type_beside_a_wider_bias(x64):
+    grads = {"layer": {"weight": jnp.ones((2, 2), jnp.float32), "bias": jnp.ones(2)}}
+    tx = af.scale_by_adafisher(layout_of(LAYER), rule="centered")
+    state = tx.init(grads)
+    factor = jax.tree.map(lambda x: x + 1.0, LAYER.zeros(jnp.float64))
+    _, after = tx.update(grads, state, factors={"layer": factor})
+    types = [[x.dtype for x in jax.tree.leaves(one.scales)] for one in (state, after)]
+    assert types[0] == types[1]

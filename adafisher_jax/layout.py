@@ -97,8 +97,32 @@ class Layer:
         return tuple(i for i, axis in enumerate(self.axes) if axis.startswith("in"))
 
     @property
+    def outs(self) -> tuple[int, ...]:
+        """The axes of the outputs."""
+        return tuple(i for i in self.inner if i not in self.ins)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The axes over independent blocks."""
+        return tuple(i for i, axis in enumerate(self.axes) if _is_block(axis))
+
+    @property
+    def shorter_side(self) -> tuple[int, ...]:
+        """The in or the out axes, whichever have the smaller extent."""
+        return min(self.ins, self.outs, key=self.extent)
+
+    @property
+    def longer_side(self) -> tuple[int, ...]:
+        """The others."""
+        return self.outs if self.shorter_side == self.ins else self.ins
+
+    def extent(self, axes: tuple[int, ...]) -> int:
+        """How long these axes are together."""
+        return math.prod(self.shape[i] for i in axes)
+
+    @property
     def fan_in(self) -> int:
-        return math.prod(self.shape[i] for i in self.ins)
+        return self.extent(self.ins)
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
@@ -156,29 +180,33 @@ class Layer:
         shape = [value.shape[mine.index(a)] if a in mine else 1 for a in self.axes]
         return value.transpose(order).reshape(shape)
 
-    def over_inputs(self, vector: jax.Array, weight: jax.Array) -> jax.Array:
-        """The sum over the in axes of the product of an array like `h` and the weight, like `s`.
+    def product(self, weight: jax.Array, vectors: jax.Array, over: tuple[int, ...]) -> jax.Array:
+        """The sum over one side's axes of the weight times each of some vectors along that side.
 
-        A `dot_general`, of which unlike a product and a sum no compiler stores a product.
+        Args:
+          weight: in its own shape.
+          vectors: like `h` if `over` is `ins`, like `s` if it is `outs`, and one axis more.
+          over: either of these.
+
+        Returns:
+          Vectors along the other side, each block's by itself.
         """
-        blocks = tuple(i for i, axis in enumerate(self.axes) if _is_block(axis))
-        outs = tuple(i for i in self.inner if i not in self.ins)
-        order = (*blocks, *outs)
-        kept = sorted((*blocks, *self.ins))
-        summed, alike = ((tuple(map(kept.index, axes)), axes) for axes in (self.ins, blocks))
+        others = tuple(i for i in self.inner if i not in over)
+        kept = sorted((*self.blocks, *over))
+        summed, alike = ((axes, tuple(map(kept.index, axes))) for axes in (over, self.blocks))
         mesh, spec = jax.typeof(weight).sharding.mesh, jax.typeof(weight).sharding.spec
-        wanted = jax.sharding.PartitionSpec(*(spec[i] for i in order))
-        # Only explicit mesh axes are in a type.
-        sharding = jax.sharding.NamedSharding(mesh, wanted) if any(spec) else None
+        # Only explicit mesh axes are in a type; the vectors are small and go everywhere.
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         found = jax.lax.dot_general(
-            jnp.squeeze(vector, outs),
             weight,
+            jnp.squeeze(vectors, others),
             (summed, alike),
             precision=jax.lax.Precision.HIGHEST,
-            out_sharding=sharding,
+            out_sharding=everywhere if any(spec) else None,
         )
-        in_order = found.transpose([order.index(i) for i in sorted(order)])
-        return jnp.expand_dims(in_order, self.ins)
+        order = (*self.blocks, *others)
+        in_order = found.transpose([*(order.index(i) for i in sorted(order)), len(order)])
+        return jnp.expand_dims(in_order, over)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ def scale_by_adafisher(
             layout.check_params(leaves)
         own = own_layers(leaves)
         start = {layer.path: chosen.start(layer, layer.dtype(leaves)) for layer in own}
-        axes = {leaf.path: leaf.axes for layer in own for leaf in layer.leaves}
+        places = {leaf.path: (layer, leaf) for layer in own for leaf in layer.leaves}
         return ScaleByAdaFisherState(
             count=count,
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
@@ -119,7 +119,7 @@ def scale_by_adafisher(
             scales={
                 path: scale
                 for path, leaf in leaves.items()
-                if (scale := chosen.start_scale(leaf, axes.get(path, ()))) is not None
+                if (scale := chosen.start_scale(leaf, *places.get(path, (None, None)))) is not None
             },
             skipped={path: curvature.skipped for path, curvature in start.items()},
         )
@@ -143,7 +143,8 @@ def scale_by_adafisher(
             check_factors(factors, own)
         before = dict(zip(grads, treedef.flatten_up_to(state.mu), strict=True))
         widest = jnp.result_type(jnp.float32, *(jnp.finfo(g.dtype).dtype for g in grads.values()))
-        correction = 1 / (1 - jnp.asarray(b1, widest) ** count)
+        ahead = count + chosen.nesterov
+        correction = 1 / (1 - jnp.asarray(b1, widest) ** ahead)
 
         curvatures: dict[str, Curvature] = {}
         after: dict[str, Step] = {}
@@ -207,9 +208,8 @@ def _step_layer(
     """A layer's averages, and its parameters' momenta, directions and scales."""
     if fresh is not None:
         curvature = rule.refresh(layer, curvature, fresh)
-    new = jax.tree.map(functools.partial(_average, b1), mu, grads)
-    directions, scales = rule.direction(layer, curvature, new, grads, scales)
-    directions = jax.tree.map(lambda d: d * correction.astype(d.dtype), directions)
+    new, momentum = _momentum(rule, b1, correction, mu, grads)
+    directions, scales = rule.direction(layer, curvature, momentum, grads, scales)
     return curvature, _typed_like(mu, new), _typed_like(grads, directions), scales
 
 
@@ -218,9 +218,8 @@ def _step_alone(
     rule: Rule, b1: Any, correction: jax.Array, mu: jax.Array, grad: jax.Array, scale: Any
 ) -> Step:
     """The same of a parameter outside every layer."""
-    new = _average(b1, mu, grad)
-    direction, scale = rule.fallback(new, grad, scale)
-    direction = direction * correction.astype(direction.dtype)
+    new, momentum = _momentum(rule, b1, correction, mu, grad)
+    direction, scale = rule.fallback(momentum, grad, scale)
     return Step(_typed_like(mu, new), _typed_like(grad, direction), scale)
 
 
@@ -237,6 +236,14 @@ def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"two parameters have the same path {twice!r}: a key contains '/'")
     return found, treedef
+
+
+def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> tuple[Any, Any]:
+    """The averages after these gradients, and what a step uses: bias-corrected, maybe ahead."""
+    average = functools.partial(_average, b1)
+    new = jax.tree.map(average, mu, grads)
+    used = jax.tree.map(average, new, grads) if rule.nesterov else new
+    return new, jax.tree.map(lambda m: m * correction.astype(m.dtype), used)
 
 
 def _average(b1: Any, mu: jax.Array, grad: jax.Array) -> jax.Array:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adafisher_jax import spectrum
 from adafisher_jax.factors import Axes, Factor, extremes, minmax
-from adafisher_jax.layout import Layer
+from adafisher_jax.layout import Layer, Leaf
 
 
 class Curvature(NamedTuple):
@@ -43,13 +44,17 @@ class Pair(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """A running mean square, one for each stacked layer, and the weight that corrects it.
+    """What is stored of one parameter's steps.
 
-    Both have the parameter's rank, to broadcast against it.
+    Attributes:
+      square: their running mean square, one for each stacked layer, of the parameter's rank.
+      weight: that corrects it.
+      basis: their leading directions, of a layer's weight; see `adafisher_jax.spectrum`.
     """
 
     square: jax.Array
     weight: jax.Array
+    basis: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +79,16 @@ class Rule:
         new = (fresh, jnp.ones_like(old.slot))
         return _blend(layer, old, new, fresh, self.ema, 1 - self.ema)
 
-    def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
-        """The scalars kept for one parameter, if any."""
+    nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
+
+    def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
+        """What is kept of one parameter, if anything; `at`: its place in a layer."""
         return None
 
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
-        """The preconditioned momentum, and each parameter's `Scale` after this step.
-
-        Linear in the momentum, which is not bias-corrected yet.
-        """
+        """The preconditioned momentum, and each parameter's `Scale` after this step."""
         return momentum, scales
 
     def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
@@ -197,33 +201,41 @@ class Official(Rule):
 
 
 class Centered(Rule):
-    r"""The square root of the factors, in coordinates that center the inputs.
+    r"""The square root of the factors in coordinates that center the inputs, and a flat spectrum.
 
     A layer with a bias is the same map as :math:`y = W^T (\bar h - \mu) + b'`. In these
-    coordinates the weight and the bias no longer share a direction. With
-    :math:`r(x) = x / \mathrm{mean}(x)`,
+    coordinates the weight and the bias no longer share a direction. With :math:`\hat n` the
+    momentum one step ahead (Nesterov's) and :math:`r(x) = x / \mathrm{mean}(x)`,
 
     .. math::
 
-        M_w &= \hat m_w - \mu \hat m_b^T, \qquad
-        \hat H = r(E[h^2] - \mu^2), \qquad \hat S = r(S) \\
-        d_w &= M_w / \big((\hat H + \tau)^{1/2} \otimes (\hat S + \tau)^{1/2}\, g_{rms}\big) \\
-        d_b &= \hat m_b / \big((\hat S + \tau)^{1/2}\, g_{rms,b}\big) - \mu^T d_w
+        \hat H &= r(E[h^2] - \mu^2), \qquad \hat S = r(S), \qquad
+        D = (\hat n_w - \mu \hat n_b^T) / \big((\hat H + \tau) \otimes (\hat S + \tau)\big)^{1/2} \\
+        d_w &= 0.2\, (D - E) / \mathrm{rms}(D - E), \qquad
+        d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
 
-    where :math:`g_{rms}^2` is the running mean square of the centered gradient, one number for
-    each parameter (and stacked layer). The loss's scale drops out. Without a bias
-    :math:`\mu = 0`; a normalization layer is divided by the root of its `S` alone.
+    where `E` is the excess of the leading singular values (`adafisher_jax.spectrum`) and `rms` a
+    running root mean square, one number for each parameter (and stacked layer). The loss's scale
+    drops out, and a weight's steps are at a learning rate of one about as large as Adam's.
+    Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
+    and before a layer's first refresh, matrices are divided by their own steps' `rms`, and
+    vectors by the gradient's.
     """
 
+    nesterov = True
     b2 = 0.99
+    rms = 0.2
 
-    def start_scale(self, leaf: Any, axes: Axes) -> Scale | None:
+    def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         shape = [1] * leaf.ndim
-        for i, axis in enumerate(axes):
+        for i, axis in enumerate(at.axes if at else ()):
             if axis.startswith("stack"):
                 shape[i] = leaf.shape[i]
         dtype = jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32)
-        return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        basis = None
+        if layer and layer.weight == at and layer.kind != "norm":
+            basis = spectrum.start(layer, jnp.promote_types(leaf.dtype, dtype))
+        return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), basis)
 
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
@@ -232,62 +244,78 @@ class Centered(Rule):
         refreshed = slot > 0
         weight = jnp.where(refreshed, slot, 1)
         h, s, mean = h / weight, s / weight, mean / weight
-        (d_w, d_b), (g_w, g_b), (scale_w, scale_b) = momentum, grads, scales
-
-        def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-            return jnp.sum(left * right, layer.ins, keepdims=True)
-
+        (d_w, d_b), (scale_w, scale_b) = momentum, scales
         centers = layer.kind != "norm" and d_w is not None and d_b is not None
         if centers:
             h = jnp.maximum(h - jnp.square(mean), 0)
         inverse_s = jnp.where(refreshed, self._inverse_root(layer, s), 1)
-        inverse_h = jnp.ones_like(inverse_s)
-        if layer.kind != "norm":
-            inverse_h = jnp.where(refreshed, self._inverse_root(layer, h), 1)
 
         if layer.bias is not None and d_b is not None:
-            scale_b, inverse_rms = self._by_rms(scale_b, _mean(_squared(g_b), layer.bias.axes))
-            d_b = d_b * inverse_rms * layer.to_bias(inverse_s)
-        if d_w is not None:
-            # What centering adds to sums over the weight is expanded: products of the weight as
-            # it is with a vector, so that (in one float type) nothing of its size is made.
-            square = _mean(_squared(g_w), layer.axes)
+            scaled = d_b * layer.to_bias(inverse_s)
+            d_b, scale_b = self._vector(scaled, grads.bias, scale_b, layer.bias.axes)
+        if d_w is not None and layer.kind == "norm":
+            d_w, scale_w = self._vector(d_w * inverse_s, grads.weight, scale_w, layer.axes)
+        elif d_w is not None:
+            inverse_h = jnp.where(refreshed, self._inverse_root(layer, h), 1)
+            d_w = d_w * (inverse_h * inverse_s)
+            least = jnp.zeros(())
             if centers:
-                g_b = layer.from_bias(g_b)
-                cross = g_b * (g_b * dot(mean, mean) - 2 * layer.over_inputs(mean, g_w))
-                least = jnp.finfo(square.dtype).eps * square  # what rounding leaves of it
-                square = jnp.maximum(square + _mean(cross, layer.axes) / layer.fan_in, least)
-            scale_w, inverse_rms = self._by_rms(scale_w, square)
-            inverse_in = inverse_h * inverse_rms
+                of_in, of_out = mean * inverse_h, layer.from_bias(momentum.bias) * inverse_s
+                d_w = d_w - of_in * of_out
+                # Where no more than rounding is left of the difference, it is no step.
+                least = _mean(_squared(of_in), layer.axes) * _mean(_squared(of_out), layer.axes)
+                least = jnp.finfo(d_w.dtype).eps * least
+            excess, scale_w, size = self._spectrum(layer, d_w, scale_w, refreshed, least)
             if centers:
-                m_b, pull = layer.from_bias(momentum.bias), mean * inverse_in
-                pulled = layer.over_inputs(pull, d_w) - m_b * dot(pull, mean)
-                d_b = d_b - layer.to_bias(pulled * inverse_s)
-                d_w = d_w - mean * m_b
-            d_w = d_w * (inverse_in * inverse_s)
+                pull = mean * size
+                pulled = layer.product(d_w, pull[..., None], layer.ins)[..., 0]
+                d_b = d_b - layer.to_bias(pulled - excess.over_inputs(layer, pull))
+            d_w = excess.taken_from(d_w) * size
         return Pair(d_w, d_b), Pair(scale_w, scale_b)
+
+    def _spectrum(
+        self, layer: Layer, step: jax.Array, scale: Scale, where: jax.Array, least: jax.Array
+    ) -> tuple[spectrum.Excess, Scale, jax.Array]:
+        """What is too much of a weight's step, its scale after it, and the size of what is left."""
+        if scale.basis is None:
+            excess = spectrum.no_excess(layer)
+            sums = jnp.sum(_squared(step), layer.inner, keepdims=True)
+        else:
+            excess, basis, sums = spectrum.leading_excess(layer, step, scale.basis, where)
+            scale = scale._replace(basis=basis.astype(scale.basis.dtype))
+        square = _mean(sums, layer.axes) / layer.extent(layer.inner)
+        scale, inverse = self._size(scale, jnp.maximum(square, least))
+        return excess, scale, self.rms * inverse
+
+    def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
+        if momentum.ndim < 2:
+            return self._vector(momentum, grad, scale, ("",) * momentum.ndim)
+        scale, inverse = self._size(scale, jnp.mean(_squared(momentum), keepdims=True))
+        return momentum * (self.rms * inverse), scale
+
+    def _vector(
+        self, momentum: jax.Array, grad: jax.Array, scale: Scale, axes: Axes
+    ) -> tuple[jax.Array, Scale]:
+        """The step of a bias, or of a normalization layer's scale or shift."""
+        scale, inverse = self._size(scale, _mean(_squared(grad), axes))
+        return momentum * inverse, scale
+
+    def _size(self, scale: Scale, square: jax.Array) -> tuple[Scale, jax.Array]:
+        """The scale after a mean square, and one over the root of the average that it keeps."""
+        square = square.astype(scale.square.dtype)
+        good = jnp.isfinite(square)
+        new = jnp.where(good, self.b2 * scale.square + (1 - self.b2) * square, scale.square)
+        weight = jnp.where(good, self.b2 * scale.weight + (1 - self.b2), scale.weight)
+        average = new / jnp.where(weight > 0, weight, 1)
+        usable = good & (average > 0)  # or else there is no step
+        inverse = jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, average, 1)), 0)
+        return scale._replace(square=new, weight=weight), inverse
 
     def _inverse_root(self, layer: Layer, values: jax.Array) -> jax.Array:
         """One over the damped root of values relative to their block's average."""
         average = jnp.mean(values, layer.inner, keepdims=True)
         relative = jnp.where(average > 0, values / jnp.where(average > 0, average, 1), 1)
         return jax.lax.rsqrt(relative + self.damping)
-
-    def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
-        scale, inverse_rms = self._by_rms(scale, jnp.mean(_squared(grad), keepdims=True))
-        return momentum * inverse_rms, scale
-
-    def _by_rms(self, scale: Scale, square: jax.Array) -> tuple[Scale, jax.Array]:
-        """The scale after a gradient of mean square `square`, and one over its root."""
-        square = square.astype(scale.square.dtype)
-        good = jnp.isfinite(square)
-        scale = jax.tree.map(
-            lambda old, new: jnp.where(good, self.b2 * old + (1 - self.b2) * new, old),
-            scale,
-            Scale(square, jnp.ones_like(square)),
-        )
-        average = scale.square / jnp.where(scale.weight > 0, scale.weight, 1)
-        return scale, jnp.where(average > 0, jax.lax.rsqrt(jnp.where(average > 0, average, 1)), 0)
 
 
 def _squared(x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import sys
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.study import command as study_command
 
 SUITES = {
     "update": "the optimizer's part of a step, against AdamW's",
@@ -51,7 +52,13 @@ def main():
         command.add_argument("--rounds", type=int, help="default 20; with --quick 3")
         command.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
         command.add_argument("--out", type=pathlib.Path, help=f"default {RESULTS.name}/ here")
+    text = "optimizers on real tasks, each at its own best learning rate"
+    study = commands.add_parser("study", help=text, description=text)
+    study_command.add_arguments(study)
     arguments = parser.parse_args()
+    if arguments.suite == "study":
+        study_command.main(arguments)
+        return
     quick = arguments.quick
     options = Options(arguments.rounds or (3 if quick else 20), quick)
     out = arguments.out or (RESULTS / "quick" if quick else RESULTS)

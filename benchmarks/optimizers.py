@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 
 import adafisher_jax as af
-from benchmarks import compatibility
+from examples.training import compatibility
 
 RATE, DECAY = 1e-3, 1e-4  # the decay is that of `optax.adamw`
 NEVER = 10**6  # steps

@@ -64,7 +64,7 @@ def own(tree: Any) -> Any:
 
 def kfac(task: Task, params: Any, batch: Any) -> Contender:
     """kfac-jax's step with its defaults: inverses every fifth step, curvature in each."""
-    from benchmarks import compatibility
+    from examples.training import compatibility
 
     kfac_jax = compatibility.kfac()
 

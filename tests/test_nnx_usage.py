@@ -325,6 +325,43 @@ def test_the_functional_style_is_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), params, wanted)
 
 
+def test_one_program_with_a_schedule_equals_leaving_factors_out():
+    """Under `nnx.cond`; the dropout's random numbers go on in either branch."""
+    model, x = random_model(lambda rngs: Block(rngs, dropout=0.5)), inputs_of(X)
+    layout = af.nnx.trace_layout(loss_of, model, x)
+    tx = af.adafisher(1e-2, layout, rule="centered")
+    capture, plain = af.nnx.value_and_grad(loss_of, layout), nnx.value_and_grad(loss_of)
+
+    @nnx.jit
+    def scheduled(model, optimizer, step):
+        _, grads, factors = nnx.cond(
+            (step < 2) | (step % 2 == 1),
+            lambda model: capture(model, x),
+            lambda model: (*plain(model, x), layout.zeros(nnx.state(model, nnx.Param))),
+            model,
+        )
+        optimizer.update(model, grads, factors=factors)
+
+    @nnx.jit
+    def refreshing(model, optimizer):
+        _, grads, factors = capture(model, x)
+        optimizer.update(model, grads, factors=factors)
+
+    @nnx.jit
+    def keeping(model, optimizer):
+        _, grads = plain(model, x)
+        optimizer.update(model, grads)
+
+    one, two = (
+        (copy, nnx.Optimizer(copy, tx, wrt=nnx.Param)) for copy in (model, nnx.clone(model))
+    )
+    for step, due in enumerate([True, True, False, True, False]):
+        scheduled(*one, jnp.int32(step))
+        (refreshing if due else keeping)(*two)
+    ours, expected = (nnx.state(both, nnx.Not(nnx.RngState)) for both in (one, two))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), ours, expected)
+
+
 @pytest.mark.parametrize("form", [nnx.state, lambda *a: nnx.as_pure(nnx.state(*a))])
 def test_the_optimizer_takes_either_form_of_the_state(form):
     model, x = random_model(Block), inputs_of(X)

@@ -127,9 +127,10 @@ def test_nothing_but_the_momentum_has_a_parameters_size(rule):
     state = jax.eval_shape(af.scale_by_adafisher(layout_of(*big), rule=rule).init, params)
     assert jax.tree.map(jnp.shape, state.mu) == jax.tree.map(jnp.shape, params)
     rest = jax.tree.leaves(state._replace(mu=()))
-    vectors = 5 * (2 * 300 + 200)  # h, mean and s of five blocks
+    directions = 4 if rule == "centered" else 0  # along the shorter side
+    vectors = 5 * (2 * 300 + 200 + directions * 200)  # h, mean and s of five blocks
     assert sum(leaf.size for leaf in rest) <= vectors + 40
-    assert max(leaf.size for leaf in rest) == 3 * 300
+    assert max(leaf.size for leaf in rest) == 3 * max(300, directions * 200)
 
 
 @any_rule
@@ -158,7 +159,7 @@ def test_the_state_can_be_donated(rule):
     for seed in range(2):
         expected, state = update(gradients(seed), state, factors=statistics(seed))
         updates, own = donated(gradients(seed), own, factors=statistics(seed))
-        close(updates, expected)
+        close(updates, expected, rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["paper", "centered"])
@@ -192,7 +193,8 @@ def test_without_factors_the_averages_stay_and_precondition(rule):
     after, kept = update(gradients(), refreshed)
     equal(averages(kept), averages(refreshed))
     assert (int(refreshed.count), int(kept.count)) == (1, 2)
-    close(after, direction)  # the same gradient again, so the same momentum
+    if rule != "centered":  # whose directions have moved on
+        close(after, direction)  # the same gradient again, so the same momentum
     assert not np.allclose(
         after["dense"]["weight"], update(gradients(), other)[0]["dense"]["weight"]
     )
@@ -233,6 +235,7 @@ def test_the_fallback_is_the_momentum_or_its_ratio_to_the_gradients_size(rule, l
     second, _ = tx.update(later, state)
     momentum = np.array([[3.0, 4.0], [0.25 * 3 / 0.75, (0.25 * 4 + 0.5 * 2) / 0.75]])
     if rule == "centered":
+        momentum[1] = (0.125 * 3 / 0.875, (0.125 * 4 + 0.75 * 2) / 0.875)  # a step ahead
         mean_squares = [12.5, (0.99 * 0.01 * 12.5 + 0.01 * 2) / (1 - 0.99**2)]
         momentum /= np.sqrt(mean_squares)[:, None]
     np.testing.assert_allclose([first["free"], second["free"]], momentum, rtol=1e-6)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 
 import adafisher_jax as af
+from adafisher_jax import spectrum
 from adafisher_jax.factors import minmax
 from tests.hand_made import LAYERS, layout_of, make_layer, quick_jit, random_factors, random_tree
 
@@ -51,7 +52,8 @@ class Reading:
 
     def __init__(self, rule, layer):
         self.layer, self.rule = layer, getattr(self, rule)
-        self.steps = self.refreshes = self.g2_w = self.g2_b = 0
+        self.steps = self.refreshes = 0
+        self.basis, self.square = {}, {}
         self.m_w = self.m_b = self.h = self.s = self.mean = 0.0
 
     def step(self, g_w, g_b, factor):
@@ -102,7 +104,10 @@ class Reading:
         return self.divide(m_w, m_b, self.h[:, :, None] * self.s[:, None, :] + LAMBDA)
 
     def centered(self, m_w, m_b, g_w, g_b, factor):
-        """The formula of `Centered`; a scalar RMS scale before the first refresh."""
+        """The formula of `Centered`; before the first refresh a scalar scale alone."""
+        ahead = 1 - B1 ** (self.steps + 1)
+        m_w = (B1 * self.m_w + (1 - B1) * g_w) / ahead
+        m_b = (B1 * self.m_b + (1 - B1) * g_b) / ahead
         n, outs = m_w.shape[1:]
         if factor:
             self.refreshes += 1
@@ -122,19 +127,40 @@ class Reading:
                     mu = self.mean / weight
                     h = h - mu**2
                 root_h = np.sqrt(h / h.mean(1, keepdims=True) + TAU)
-        m_w, g_w = m_w - mu[:, :, None] * m_b[:, None], g_w - mu[:, :, None] * g_b[:, None]
-        stacks = math.prod(self.layer.rows_shape)
-
-        def rms(previous, g):  # one number for each stacked layer, and its blocks share it
-            new = B2 * previous + (1 - B2) * (g.reshape(stacks, -1) ** 2).mean(1)
-            return new, np.repeat(np.sqrt(new / (1 - B2**self.steps)), len(g) // stacks)
-
-        self.g2_w, rms_w = rms(self.g2_w, g_w)
-        d_w = m_w / (root_h[:, :, None] * root_s[:, None, :] * rms_w[:, None, None])
+        d_w = (m_w - mu[:, :, None] * m_b[:, None]) / (root_h[:, :, None] * root_s[:, None, :])
+        if self.refreshes and self.layer.kind != "norm":
+            d_w = np.stack([self.flattened(block, d) for block, d in enumerate(d_w)])
+        norm = self.layer.kind == "norm"
+        d_w = self.over_rms("w", d_w, g_w) if norm else 0.2 * self.over_rms("w", d_w, d_w)
         if not self.layer.bias:
             return d_w, m_b
-        self.g2_b, rms_b = rms(self.g2_b, g_b)
-        return d_w, m_b / (root_s * rms_b[:, None]) - np.einsum("bi,bio->bo", mu, d_w)
+        d_b = self.over_rms("b", m_b / root_s, g_b)
+        return d_w, d_b - np.einsum("bi,bio->bo", mu, d_w)
+
+    def flattened(self, block, d):
+        """A matrix whose leading singular values are cut, by the formula of `spectrum`."""
+        if len(d) > len(d.T):
+            return self.flattened(block, d.T).T
+        n = len(d)
+        k = min(4, n // 2)
+        if not k:
+            return d
+        cosines = np.cos(np.pi * (np.arange(n)[:, None] + 0.5) * (np.arange(k) + 1) / n)
+        before = self.basis.get(block, cosines * np.sqrt(2 / n))
+        largest = np.linalg.norm(d.T @ before, axis=0).max()
+        u, _ = np.linalg.qr(d @ d.T @ before / largest + 1e-4 * largest * before)
+        self.basis[block] = u
+        values = np.linalg.norm(d.T @ u, axis=0)
+        cap = np.sqrt((np.sum(d**2) - np.sum(values**2)) / (n - k))
+        return d - u @ np.diag(1 - np.minimum(1, cap / values)) @ u.T @ d
+
+    def over_rms(self, name, d, of):
+        """Over a running root mean square, of which each stack has one."""
+        stacks = math.prod(self.layer.rows_shape)
+        square = (of.reshape(stacks, -1) ** 2).mean(1)
+        self.square[name] = B2 * self.square.get(name, 0) + (1 - B2) * square
+        root = np.sqrt(self.square[name] / (1 - B2**self.steps))
+        return d / np.repeat(root, len(d) // stacks).reshape(-1, *[1] * (d.ndim - 1))
 
 
 @functools.cache
@@ -169,9 +195,9 @@ def test_a_rule_is_its_formula(rule, name):
     for grads, factors, updates in trajectory(rule):
         expected = reading.step(*pair(grads), factors and factors[name])
         got = pair(updates)
-        np.testing.assert_allclose(got[0], expected[0], rtol=1e-10)
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-10, atol=1e-12)
         if layer.bias:
-            np.testing.assert_allclose(got[1], expected[1], rtol=1e-10)
+            np.testing.assert_allclose(got[1], expected[1], rtol=1e-10, atol=1e-12)
 
 
 LAYER = make_layer("layer", "dense", (2, 2), "in0 out0", "out0")
@@ -184,8 +210,6 @@ LAYER = make_layer("layer", "dense", (2, 2), "in0 out0", "out0")
         ("paper", 1e-3, [[3000, 1 / 1.001], [1000, 1 / (1 / 3 + 1e-3)]], [1000, 1000]),
         # 0.08 + 0.008 (1, 1/3, 0) and 0.08 + 0.008 (0, 1)
         ("official", 1e-3, [[373.1343, 114.3641], [131.3485, 120.8508]], [135.1351, 124.3781]),
-        # M = ((2, 0), (1, 1)), so g_rms = sqrt(1.5); var = (3, 2 - 1) and s over their means
-        ("centered", 0.0, [[1.885618, 0], [1.632993, 0.942809]], [-2.104398, -0.1263125]),
     ],
 )
 def test_a_case_worked_by_hand(rule, damping, weight, bias):
@@ -196,12 +220,23 @@ def test_a_case_worked_by_hand(rule, damping, weight, bias):
         jnp.array([[1.0], [1.0]]),
     )
     grads = {"layer": {"weight": jnp.array([[3.0, 1.0], [1.0, 1.0]]), "bias": jnp.ones(2)}}
-    if rule == "centered":
-        grads["layer"]["weight"] = jnp.array([[3.0, 1.0], [2.0, 2.0]])
     tx = af.scale_by_adafisher(layout_of(LAYER), rule=rule, damping=damping)
     updates, _ = quick_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
     np.testing.assert_allclose(updates["layer"]["weight"], weight, rtol=5e-6, atol=1e-6)
     np.testing.assert_allclose(updates["layer"]["bias"], bias, rtol=5e-6)
+
+
+def test_a_case_of_centered_worked_by_hand():
+    """M = (2, 1) and the variance (4, 2) - 1 over its mean (3/2, 1/2); a column has no spectrum."""
+    layer = make_layer("layer", "dense", (2, 1), "in0 out0", "out0")
+    column = [jnp.array([[a], [b]]) for a, b in ((4.0, 2.0), (1.0, 1.0), (3.0, 2.0))]
+    factor = af.Factor(column[0], jnp.array([[5.0]]), jnp.array(2.0), column[1])
+    grads = {"layer": {"weight": column[2], "bias": jnp.ones(1)}}
+    tx = af.scale_by_adafisher(layout_of(layer), rule="centered", damping=0.0)
+    updates, _ = quick_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
+    # (2 / sqrt(3/2), 1 / sqrt(1/2)) over its root mean square, sqrt(7/3), times 0.2
+    np.testing.assert_allclose(updates["layer"]["weight"][:, 0], [0.213809, 0.185164], rtol=5e-6)
+    np.testing.assert_allclose(updates["layer"]["bias"], [1 - 0.398973], rtol=5e-6)
 
 
 def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
@@ -229,8 +264,13 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     variance = np.var(x, 0)
     root_h = np.sqrt(variance / variance.mean() + TAU)[:, None]
     root_s = np.sqrt(s2[0] / s2.mean() + TAU)
-    new_w = w - g_w / (root_h * root_s * np.sqrt(np.mean(g_w**2)))
-    new_b = shifted - g_b / (root_s * np.sqrt(np.mean(g_b**2)))
+    basis = spectrum.start(layer, jnp.float64)
+    d_w = g_w / (root_h * root_s)
+    excess, *_ = spectrum.leading_excess(layer, d_w, basis, jnp.full((1, 1), True))
+    d_w = excess.taken_from(d_w)
+    d_b = g_b / root_s
+    new_w = w - 0.2 * d_w / np.sqrt(np.mean(d_w**2))
+    new_b = shifted - d_b / np.sqrt(np.mean(g_b**2))
     moved = jax.tree.map(np.asarray, updates["layer"])
     after = x @ (w - moved["weight"]) + b - moved["bias"]
     expected = (x - mu) @ np.asarray(new_w) + np.asarray(new_b)

@@ -1,0 +1,104 @@
+"""One run: a problem, an optimizer with its settings, and how it came out."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks.measure import nbytes
+from benchmarks.study.problems import PROBLEMS, in_order
+from examples.training import divergence, optimizers
+
+WARM_UP = 0.05  # share of the steps, after which the rate falls along a cosine
+POINTS = 50  # of a curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What identifies a run; `options`: the optimizer's own, by name."""
+
+    problem: str
+    optimizer: str
+    rate: float
+    seed: int
+    steps: int
+    batch: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def begin(trial: Trial, folder: pathlib.Path) -> tuple[Any, ...]:
+    """The trial's task, its state, its step (of the rate, that state, batch, key) and batches."""
+    data = _data(trial.problem, folder)
+    task = PROBLEMS[trial.problem].task(trial.problem, data, trial.batch, trial.seed)
+    first, key = jax.random.split(jax.random.key(trial.seed))
+    params, model_state = jax.jit(task.init)(first)
+    start, step = _programs(
+        trial.problem, trial.optimizer, trial.steps, trial.batch, trial.options, folder
+    )
+    batches = task.train_batches(0)
+    example = next(task.train_batches(0))
+    opt_state = start(trial.rate, params, model_state, example, key)
+    return task, (params, model_state, opt_state), step, batches, key
+
+
+@functools.lru_cache(maxsize=4)
+def _data(problem, folder):
+    return PROBLEMS[problem].read(folder)
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(problem, optimizer, steps, batch, options, folder):
+    """An optimizer's start and step, compiled once for all learning rates and seeds."""
+    task = PROBLEMS[problem].task(problem, _data(problem, folder), batch, seed=0)
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, int(WARM_UP * steps), steps)
+
+    def at(rate):
+        return optimizers.make(optimizer, lambda step: rate * shape(step), task, **dict(options))
+
+    if optimizer == "kfac":  # compiles its own step, of which the rate is a constant
+        at = functools.cache(at)
+        return lambda rate, *args: at(rate).init(*args), lambda rate, *args: at(rate).step(*args)
+    return (
+        jax.jit(lambda rate, *args: at(rate).init(*args)),
+        jax.jit(lambda rate, *args: at(rate).step(*args), donate_argnums=(1, 2, 3)),
+    )
+
+
+def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
+    """How it came out: the way there, and losses at its end unless it diverged."""
+    task, state, step, batches, key = begin(trial, folder)
+    found = {"state_bytes": nbytes(state[2])}
+    watch, losses, seconds = divergence.Watch(), [], []
+    for number in range(trial.steps):
+        began = time.perf_counter()
+        *state, loss, _ = step(trial.rate, *state, next(batches), jax.random.fold_in(key, number))
+        losses.append(float(loss))
+        seconds.append(time.perf_counter() - began)
+        watch.see(number, losses[-1])
+        if watch.verdict:
+            break
+    found |= {"diverged": watch.verdict, "ms": 1e3 * float(np.median(seconds))}
+    found["curve"] = _means(losses, math.ceil(trial.steps / POINTS))
+    if not watch.verdict:
+        evaluate, (params, model_state, _) = jax.jit(task.evaluate), state
+        train = in_order(_data(trial.problem, folder).train)
+        for split, batches in {"train": train, "held_out": task.eval_batches()}.items():
+            sums = [evaluate(params, model_state, batch) for batch in batches]
+            total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
+            count = total.pop("count")
+            found |= {f"{split}_{name}": value / count for name, value in total.items()}
+    return found
+
+
+def _means(losses, every):
+    """`[step, mean of the losses up to it]`, for each so many."""
+    return [
+        [stop, float(np.mean(losses[stop - every : stop]))]
+        for stop in range(every, len(losses) + 1, every)
+    ]

@@ -1,0 +1,1 @@
+"""Trains a small language model: `python -m examples.language_model --help`."""

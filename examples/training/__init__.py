@@ -1,0 +1,1 @@
+"""What a training program needs besides its model and its data."""

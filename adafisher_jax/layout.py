@@ -106,16 +106,6 @@ class Layer:
         """The axes over independent blocks."""
         return tuple(i for i, axis in enumerate(self.axes) if _is_block(axis))
 
-    @property
-    def shorter_side(self) -> tuple[int, ...]:
-        """The in or the out axes, whichever have the smaller extent."""
-        return min(self.ins, self.outs, key=self.extent)
-
-    @property
-    def longer_side(self) -> tuple[int, ...]:
-        """The others."""
-        return self.outs if self.shorter_side == self.ins else self.ins
-
     def extent(self, axes: tuple[int, ...]) -> int:
         """How long these axes are together."""
         return math.prod(self.shape[i] for i in axes)
@@ -180,33 +170,20 @@ class Layer:
         shape = [value.shape[mine.index(a)] if a in mine else 1 for a in self.axes]
         return value.transpose(order).reshape(shape)
 
-    def product(self, weight: jax.Array, vectors: jax.Array, over: tuple[int, ...]) -> jax.Array:
-        """The sum over one side's axes of the weight times each of some vectors along that side.
+    def to_matrices(self, value: jax.Array) -> jax.Array:
+        """An array like the weight, `h` or `s` as matrices: (blocks, ins, outs)."""
+        order = (*self.blocks, *self.ins, *self.outs)
+        sizes = [
+            math.prod(value.shape[i] for i in axes) for axes in (self.blocks, self.ins, self.outs)
+        ]
+        return value.transpose(order).reshape(sizes)
 
-        Args:
-          weight: in its own shape.
-          vectors: like `h` if `over` is `ins`, like `s` if it is `outs`, and one axis more.
-          over: either of these.
-
-        Returns:
-          Vectors along the other side, each block's by itself.
-        """
-        others = tuple(i for i in self.inner if i not in over)
-        kept = sorted((*self.blocks, *over))
-        summed, alike = ((axes, tuple(map(kept.index, axes))) for axes in (over, self.blocks))
-        mesh, spec = jax.typeof(weight).sharding.mesh, jax.typeof(weight).sharding.spec
-        # Only explicit mesh axes are in a type; the vectors are small and go everywhere.
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        found = jax.lax.dot_general(
-            weight,
-            jnp.squeeze(vectors, others),
-            (summed, alike),
-            precision=jax.lax.Precision.HIGHEST,
-            out_sharding=everywhere if any(spec) else None,
-        )
-        order = (*self.blocks, *others)
-        in_order = found.transpose([*(order.index(i) for i in sorted(order)), len(order)])
-        return jnp.expand_dims(in_order, over)
+    def from_matrices(self, value: jax.Array) -> jax.Array:
+        """The inverse of `to_matrices`."""
+        order = (*self.blocks, *self.ins, *self.outs)
+        whole = {axis: value.shape[1 + (axis in self.outs)] > 1 for axis in order}
+        sizes = [self.shape[i] if i in self.blocks or whole[i] else 1 for i in order]
+        return value.reshape(sizes).transpose([order.index(i) for i in range(len(order))])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -234,7 +234,8 @@ class Centered(Rule):
         dtype = jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32)
         basis = None
         if layer and layer.weight == at and layer.kind != "norm":
-            basis = spectrum.start(layer, jnp.promote_types(leaf.dtype, dtype))
+            matrices = jax.eval_shape(layer.to_matrices, leaf).shape
+            basis = spectrum.start(matrices, jnp.promote_types(leaf.dtype, dtype))
         return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), basis)
 
     def direction(
@@ -265,27 +266,21 @@ class Centered(Rule):
                 # Where no more than rounding is left of the difference, it is no step.
                 least = _mean(_squared(of_in), layer.axes) * _mean(_squared(of_out), layer.axes)
                 least = jnp.finfo(d_w.dtype).eps * least
-            excess, scale_w, size = self._spectrum(layer, d_w, scale_w, refreshed, least)
+            matrices = layer.to_matrices(d_w)
+            excess, left = spectrum.no_excess(matrices), jnp.sum(_squared(matrices), (1, 2))
+            if scale_w.basis is not None:
+                where = refreshed.reshape(-1)
+                excess, basis, left = spectrum.leading_excess(matrices, scale_w.basis, where)
+                scale_w = scale_w._replace(basis=basis.astype(scale_w.basis.dtype))
+            square = _mean(left.reshape(layer.slot_shape), layer.axes) / matrices[0].size
+            scale_w, inverse = self._size(scale_w, jnp.maximum(square, least))
+            size = self.rms * inverse
             if centers:
-                pull = mean * size
-                pulled = layer.product(d_w, pull[..., None], layer.ins)[..., 0]
-                d_b = d_b - layer.to_bias(pulled - excess.over_inputs(layer, pull))
-            d_w = excess.taken_from(d_w) * size
+                pull = layer.to_matrices(mean * size)
+                pulled = layer.from_matrices(spectrum.over_rows(pull, matrices, excess))
+                d_b = d_b - layer.to_bias(pulled)
+            d_w = layer.from_matrices(spectrum.subtract(matrices, excess)) * size
         return Pair(d_w, d_b), Pair(scale_w, scale_b)
-
-    def _spectrum(
-        self, layer: Layer, step: jax.Array, scale: Scale, where: jax.Array, least: jax.Array
-    ) -> tuple[spectrum.Excess, Scale, jax.Array]:
-        """What is too much of a weight's step, its scale after it, and the size of what is left."""
-        if scale.basis is None:
-            excess = spectrum.no_excess(layer)
-            sums = jnp.sum(_squared(step), layer.inner, keepdims=True)
-        else:
-            excess, basis, sums = spectrum.leading_excess(layer, step, scale.basis, where)
-            scale = scale._replace(basis=basis.astype(scale.basis.dtype))
-        square = _mean(sums, layer.axes) / layer.extent(layer.inner)
-        scale, inverse = self._size(scale, jnp.maximum(square, least))
-        return excess, scale, self.rms * inverse
 
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
         if momentum.ndim < 2:

@@ -1,122 +1,133 @@
 """The singular values of a step: its leading ones are cut down to the level of the others.
 
 The momentum of a weight is nearly of low rank: a few directions hold most of it, and leave little
-of the step to the others. They change slowly, so that two products with a few vectors in each
-step are enough to follow them.
+of the step to the others. They change slowly, so that products with a few vectors in each step
+are enough to follow them.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.layout import Layer
-
 DIRECTIONS = 4
 INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
 
+Excess = tuple[jax.Array, jax.Array]
 
-def start(layer: Layer, dtype: jax.typing.DTypeLike) -> jax.Array | None:
-    r"""The directions that a layer begins with: orthonormal vectors along its shorter side.
 
-    They are cosines, :math:`u_{ij} \propto \cos(\pi (i + 1/2)(j + 1)/n)`: `DIRECTIONS` of them,
-    and at most half as many as that side is long.
+def start(matrices: tuple[int, int, int], dtype: jax.typing.DTypeLike) -> jax.Array | None:
+    r"""The directions to begin with: rows along the shorter side of some matrices.
+
+    They are cosines, :math:`u_{ij} \propto \cos(\pi (j + 1/2)(i + 1)/n)`: `DIRECTIONS` of them,
+    and at most half as many as that side, `n`, is long.
+
+    Args:
+      matrices: how many, of how many rows and columns.
+      dtype: of the directions.
 
     Returns:
-      An array of the weight's rank, 1 where its longer side is, and one axis more for the
-      vectors; None if there are none, or if the weight is complex.
+      An array (matrices, directions, n), or None if there are none or the type is complex.
     """
-    n = layer.extent(layer.shorter_side)
-    count = min(DIRECTIONS, n // 2)
-    if not count or jnp.issubdtype(dtype, jnp.complexfloating):
+    count, *sides = matrices
+    n = min(sides)
+    vectors = min(DIRECTIONS, n // 2)
+    if not vectors or jnp.issubdtype(dtype, jnp.complexfloating):
         return None
-    angles = np.pi * (np.arange(n)[:, None] + 0.5) * (np.arange(count) + 1) / n
-    vectors = jnp.asarray((2 / n) ** 0.5 * np.cos(angles), dtype)
-    one_block = [size if i in layer.shorter_side else 1 for i, size in enumerate(layer.shape)]
-    blocks = [1 if i in layer.longer_side else size for i, size in enumerate(layer.shape)]
-    return jnp.broadcast_to(vectors.reshape(*one_block, count), (*blocks, count))
-
-
-class Excess(NamedTuple):
-    """A few rank-one matrices: vectors along the inputs, and along the outputs."""
-
-    ins: jax.Array
-    outs: jax.Array
-
-    def taken_from(self, step: jax.Array) -> jax.Array:
-        """What is left of a step."""
-        # A sum written out is part of the loop over the step; a product would be stored first.
-        pairs = [self.ins[..., i] * self.outs[..., i] for i in range(self.ins.shape[-1])]
-        return step - sum(pairs)
-
-    def over_inputs(self, layer: Layer, vector: jax.Array) -> jax.Array:
-        """The sum over inputs of these times a vector like `h`."""
-        shares = jnp.sum(vector[..., None] * self.ins, layer.ins, keepdims=True)
-        return jnp.sum(shares * self.outs, -1)
-
-
-def no_excess(layer: Layer) -> Excess:
-    """No vectors at all."""
-    none = jnp.zeros((*[1] * len(layer.shape), 0))
-    return Excess(none, none)
+    angles = np.pi * (np.arange(n) + 0.5) * (np.arange(vectors)[:, None] + 1) / n
+    rows = jnp.asarray((2 / n) ** 0.5 * np.cos(angles), dtype)
+    return jnp.broadcast_to(rows, (count, vectors, n))
 
 
 def leading_excess(
-    layer: Layer, step: jax.Array, basis: jax.Array, where: jax.Array
+    step: jax.Array, basis: jax.Array, where: jax.Array
 ) -> tuple[Excess, jax.Array, jax.Array]:
-    r"""By how much the leading singular values of a step `D` exceed the others, block by block.
+    r"""By how much the leading singular values of each matrix `D` exceed the others.
 
-    One step of subspace iteration moves the directions on; then, with :math:`u_i` the columns of
-    `U` and `n` the shorter side of `D` (which stands for its transpose where that is shorter),
+    Half a step of subspace iteration moves the directions on: with `n` the shorter side of `D`
+    (which stands for its transpose where it has fewer rows than columns) and :math:`u_i` the
+    columns of `U`,
 
     .. math::
 
-        U_t &= \mathrm{orth}(D D^T U_{t-1}), \qquad
-        v_i = D^T u_i, \qquad \sigma_i = |v_i| \\
+        U &= \mathrm{orth}(D V_{t-1}), \qquad
+        v_i = D^T u_i, \qquad \sigma_i = |v_i|, \qquad V_t = (v_1, ..., v_k) \\
         c^2 &= \Big(|D|^2 - \sum_i \sigma_i^2\Big) / (n - k), \qquad
         E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
 
-    When `U` has converged, `D - E` is `D` with its `k` leading singular values cut down to the
+    When these have converged, `D - E` is `D` with its `k` leading singular values cut down to the
     root mean square of the others.
 
     Args:
-      layer: whose weight is stepped.
-      step: `D`, in the weight's shape.
-      basis: `U`, as `start` returns it.
-      where: false for blocks without any excess, with the weight's rank.
+      step: `D`, (matrices, rows, columns).
+      basis: `V` as rows, as `start` returns it.
+      where: false for matrices without any excess, (matrices,).
 
     Returns:
-      `E`, the next `U`, and the sum of squares of `D - E` in each block.
+      `E` as its two factors, (matrices, rows, k) and (matrices, k, columns); the next `V`; and the
+      sum of squares of `D - E`, (matrices,).
     """
-    short, long = layer.shorter_side, layer.longer_side
-    total = jnp.sum(jnp.square(step), layer.inner, keepdims=True)[..., None]
-    follow = where[..., None] & jnp.isfinite(total)
+    total = jnp.sum(jnp.square(step), (1, 2))
+    follow = (where & jnp.isfinite(total))[:, None, None]
+    tall = step.shape[1] >= step.shape[2]
 
-    def strengths(along: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(along), long, keepdims=True)
+    # Vectors are rows along columns and columns along rows, so that no product transposes `step`.
+    def along_columns(columns: jax.Array) -> jax.Array:
+        return jnp.where(follow, _product("bik,bij->bkj", columns, step), 0)
 
-    along = jnp.where(follow, layer.product(step, basis, short), 0)
-    largest = jnp.sqrt(jnp.max(strengths(along), -1, keepdims=True))
-    largest = jnp.where(largest > 0, largest, 1)
-    ahead = jnp.where(follow, layer.product(step, along / largest, long), 0)
-    basis = _orthonormal(layer, ahead + INERTIA * largest * basis)
+    def along_rows(rows: jax.Array) -> jax.Array:
+        return jnp.where(follow, _product("bij,bkj->bik", step, rows), 0)
 
-    along = jnp.where(follow, layer.product(step, basis, short), 0)
-    squares = strengths(along)
-    rest = jnp.maximum(total - jnp.sum(squares, -1, keepdims=True), 0)
-    cap = rest / (layer.extent(short) - basis.shape[-1])
+    def to_longer(vectors: jax.Array) -> jax.Array:
+        return along_rows(vectors).mT if tall else along_columns(vectors.mT)
+
+    def to_shorter(vectors: jax.Array) -> jax.Array:
+        return along_columns(vectors.mT) if tall else along_rows(vectors).mT
+
+    directions, mixed = jnp.linalg.qr(to_longer(basis).mT)
+    turned = jnp.diagonal(mixed, axis1=1, axis2=2) < 0  # so that a vector keeps its sign
+    directions = jnp.where(turned[:, None], -directions, directions).mT
+    images = to_shorter(directions)
+    squares = jnp.sum(jnp.square(images), 2)
+    rest = jnp.maximum(total - jnp.sum(squares, 1), 0)
+    cap = (rest / (basis.shape[2] - basis.shape[1]))[:, None]
     kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
-    sides = basis * (1 - kept), along
-    left = total - jnp.sum((1 - jnp.square(kept)) * squares, -1, keepdims=True)
-    excess = Excess(*(sides if short == layer.ins else sides[::-1]))
-    return excess, basis, left[..., 0]
+    cut = (1 - kept)[..., None] * directions
+    left = total - jnp.sum((1 - jnp.square(kept)) * squares, 1)
+    largest = jnp.sqrt(jnp.max(squares, 1))[:, None, None]
+    moved = images / jnp.where(largest > 0, largest, 1) + INERTIA * basis
+    basis = jnp.where(largest > 0, moved, basis)
+    return (cut.mT, images) if tall else (images.mT, cut), basis, left
 
 
-def _orthonormal(layer: Layer, vectors: jax.Array) -> jax.Array:
-    """Vectors along the shorter side that span the same, the first the most like the first."""
-    order = (*layer.blocks, *layer.shorter_side, *layer.longer_side, vectors.ndim - 1)
-    ordered = vectors.transpose(order)
-    blocks = ordered.shape[: len(layer.blocks)]
-    found, _ = jnp.linalg.qr(ordered.reshape(*blocks, -1, vectors.shape[-1]))
-    return found.reshape(ordered.shape).transpose(np.argsort(order))
+def no_excess(step: jax.Array) -> Excess:
+    """The factors of zero."""
+    count, rows, columns = step.shape
+    return jnp.zeros((count, rows, 0), step.dtype), jnp.zeros((count, 0, columns), step.dtype)
+
+
+def subtract(step: jax.Array, excess: Excess) -> jax.Array:
+    """A step without its excess, `D - E`."""
+    rows, columns = excess
+    # A sum written out is part of the loop over the step; a product would be stored first.
+    return step - sum(rows[:, :, i, None] * columns[:, i, None] for i in range(rows.shape[2]))
+
+
+def over_rows(vector: jax.Array, step: jax.Array, excess: Excess) -> jax.Array:
+    """The product of a vector (matrices, rows, 1), transposed, and `D - E`."""
+    rows, columns = excess
+    shares = _product("bik,bij->bkj", vector, rows)
+    return _product("bik,bij->bkj", vector, step) - _product("bki,bij->bkj", shares, columns)
+
+
+def _product(equation: str, *operands: jax.Array) -> jax.Array:
+    everywhere = _replicated(*operands)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum(equation, *operands, precision=highest, out_sharding=everywhere)
+
+
+def _replicated(*operands: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Where operands lie on explicit mesh axes (only these are in a type), everywhere of them."""
+    for sharding in (jax.typeof(operand).sharding for operand in operands):
+        if any(sharding.spec):
+            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return None

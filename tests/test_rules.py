@@ -139,20 +139,21 @@ class Reading:
 
     def flattened(self, block, d):
         """A matrix whose leading singular values are cut, by the formula of `spectrum`."""
-        if len(d) > len(d.T):
+        if len(d) < len(d.T):
             return self.flattened(block, d.T).T
-        n = len(d)
+        n = len(d.T)
         k = min(4, n // 2)
         if not k:
             return d
         cosines = np.cos(np.pi * (np.arange(n)[:, None] + 0.5) * (np.arange(k) + 1) / n)
         before = self.basis.get(block, cosines * np.sqrt(2 / n))
-        largest = np.linalg.norm(d.T @ before, axis=0).max()
-        u, _ = np.linalg.qr(d @ d.T @ before / largest + 1e-4 * largest * before)
-        self.basis[block] = u
-        values = np.linalg.norm(d.T @ u, axis=0)
+        u, r = np.linalg.qr(d @ before)
+        u = u @ np.diag(np.where(np.diag(r) < 0, -1, 1))
+        v = d.T @ u
+        values = np.linalg.norm(v, axis=0)
+        self.basis[block] = v / values.max() + 1e-4 * before
         cap = np.sqrt((np.sum(d**2) - np.sum(values**2)) / (n - k))
-        return d - u @ np.diag(1 - np.minimum(1, cap / values)) @ u.T @ d
+        return d - u @ np.diag(1 - np.minimum(1, cap / values)) @ v.T
 
     def over_rms(self, name, d, of):
         """Over a running root mean square, of which each stack has one."""
@@ -264,10 +265,10 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     variance = np.var(x, 0)
     root_h = np.sqrt(variance / variance.mean() + TAU)[:, None]
     root_s = np.sqrt(s2[0] / s2.mean() + TAU)
-    basis = spectrum.start(layer, jnp.float64)
-    d_w = g_w / (root_h * root_s)
-    excess, *_ = spectrum.leading_excess(layer, d_w, basis, jnp.full((1, 1), True))
-    d_w = excess.taken_from(d_w)
+    d_w = (g_w / (root_h * root_s))[None]
+    basis = spectrum.start(d_w.shape, d_w.dtype)
+    excess, *_ = spectrum.leading_excess(d_w, basis, jnp.ones(1, bool))
+    d_w = spectrum.subtract(d_w, excess)[0]
     d_b = g_b / root_s
     new_w = w - 0.2 * d_w / np.sqrt(np.mean(d_w**2))
     new_b = shifted - d_b / np.sqrt(np.mean(g_b**2))

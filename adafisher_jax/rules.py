@@ -309,8 +309,9 @@ class Centered(Rule):
     def _inverse_root(self, layer: Layer, values: jax.Array) -> jax.Array:
         """One over the damped root of values relative to their block's average."""
         average = jnp.mean(values, layer.inner, keepdims=True)
-        relative = jnp.where(average > 0, values / jnp.where(average > 0, average, 1), 1)
-        return jax.lax.rsqrt(relative + self.damping)
+        relative = values / jnp.where(average > 0, average, 1)
+        known = (average > 0) & jnp.isfinite(relative)
+        return jax.lax.rsqrt(jnp.where(known, relative, 1) + self.damping)
 
 
 def _squared(x: jax.Array) -> jax.Array:

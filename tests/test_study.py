@@ -1,0 +1,73 @@
+"""The study runner, on a problem shortened to a few steps."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks.study import command, plan, trial
+from benchmarks.study.problems import PROBLEMS
+from benchmarks.study.results import Results
+
+SHORT = dataclasses.replace(PROBLEMS["digits_mlp"], steps=6)
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    monkeypatch.setitem(PROBLEMS, "digits_mlp", SHORT)
+    trial._programs.cache_clear()
+
+    def run(*flags):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        chosen = ["--problems", "digits_mlp", "--out", str(tmp_path), "--seeds", "2"]
+        command.main(parser.parse_args([*chosen, *flags]))
+        return json.loads((tmp_path / "table.json").read_text())["rows"]
+
+    return run
+
+
+def test_each_optimizer_is_tuned_and_its_best_rate_run_on_all_seeds(study, tmp_path, capsys):
+    found = study("--optimizers", "sgd", "adafisher:centered", "--rates", "1e-5", "1e-2")
+    assert [row["optimizer"] for row in found] == ["sgd", "adafisher:centered"]
+    assert [row["best_rate"] for row in found] == [1e-2, 1e-2]
+    assert all(len(row["trials"]) == 2 and row["train_loss"][0] < 2.5 for row in found)
+    assert {"curves.png", "rates.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert "adafisher:centered" in capsys.readouterr().out
+
+
+def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
+    first = study("--optimizers", "adamw", "--rates", "1e-2", "1e-3")
+    lines = (tmp_path / "runs.jsonl").read_text()
+    monkeypatch.setattr(trial, "run", lambda *_: pytest.fail("it was run already"))
+    assert study("--optimizers", "adamw", "--rates", "1e-2", "1e-3") == first
+    assert (tmp_path / "runs.jsonl").read_text() == lines
+
+
+def test_settings_make_a_grid_of_their_own_and_name_the_best(study):
+    flags = ["--rates", "1e-2", "--set", "damping=0.01,1000000.0", "--tuning-seeds", "1"]
+    (row,) = study("--optimizers", "adafisher:centered", *flags)
+    assert set(row["options"]) == {"damping"}
+
+
+def test_protocols_keep_steps_epochs_or_time_equal():
+    assert plan.steps("digits_mlp", 16, "steps", 1.0) == 400
+    assert plan.steps("digits_mlp", 16, "epochs", 1.0) == 1600
+    assert plan.steps("digits_mlp", 64, "time", 2.0) == 200
+
+
+def test_at_equal_time_costs_are_measured_once(study, tmp_path):
+    study("--optimizers", "adamw", "sgd", "--rates", "1e-2", "--protocol", "time")
+    costs = json.loads((tmp_path / "costs.json").read_text())["digits_mlp, 64"]
+    assert costs["adamw"] == 1.0
+    steps = {one.optimizer: one.steps for one in Results(tmp_path / "runs.jsonl").records}
+    assert steps["adamw"] == SHORT.steps
+    assert steps["sgd"] == max(round(SHORT.steps / costs["sgd"]), 1)
+
+
+def test_the_best_setting_is_that_of_the_lowest_finite_loss():
+    one = trial.Trial("digits_mlp", "sgd", 1e-2, 0, 6, 64)
+    other = dataclasses.replace(one, rate=1e-1)
+    assert plan.best([one, other], {one: {"train_loss": 2.0}, other: {"diverged": "yes"}}) == one
+    assert plan.best([one, other], {one: {"train_loss": 2.0}, other: {"train_loss": 1.0}}) == other

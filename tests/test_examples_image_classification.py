@@ -522,7 +522,8 @@ def test_a_run_from_the_command_line(tmp_path, monkeypatch, capsys):
     """On digits, with a network of four channels in place of the ResNet-18."""
     tiny = functools.partial(ResNet, (1,), resnet.BasicBlock, width=4)
     monkeypatch.setitem(models.CONVOLUTIONAL, "resnet18", tiny)
-    flags = "--model resnet18 --rate 0.03 --steps 60 --batch 32 --cutout 0 --evaluate-every 60 --log-every 20"
+    flags = "--model resnet18 --rate 0.03 --steps 60 --batch 32 --cutout 0 --evaluate-every 60"
+    flags += " --log-every 20"
     with jax.default_prng_impl("unsafe_rbg"):  # compiles sooner than the default
         result = main([*flags.split(), "--folder", str(tmp_path)])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

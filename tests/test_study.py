@@ -45,6 +45,7 @@ def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
 
+@pytest.mark.slow
 def test_settings_make_a_grid_of_their_own_and_name_the_best(study):
     flags = ["--rates", "1e-2", "--set", "damping=0.01,1000000.0", "--tuning-seeds", "1"]
     (row,) = study("--optimizers", "adafisher:centered", *flags)
@@ -57,6 +58,7 @@ def test_protocols_keep_steps_epochs_or_time_equal():
     assert plan.steps("digits_mlp", 64, "time", 2.0) == 200
 
 
+@pytest.mark.slow
 def test_at_equal_time_costs_are_measured_once(study, tmp_path):
     study("--optimizers", "adamw", "sgd", "--rates", "1e-2", "--protocol", "time")
     costs = json.loads((tmp_path / "costs.json").read_text())["digits_mlp, 64"]

@@ -106,13 +106,9 @@ class Layer:
         """The axes over independent blocks."""
         return tuple(i for i, axis in enumerate(self.axes) if _is_block(axis))
 
-    def extent(self, axes: tuple[int, ...]) -> int:
-        """How long these axes are together."""
-        return math.prod(self.shape[i] for i in axes)
-
     @property
     def fan_in(self) -> int:
-        return self.extent(self.ins)
+        return math.prod(self.shape[i] for i in self.ins)
 
     @property
     def rows_shape(self) -> tuple[int, ...]:

@@ -55,7 +55,8 @@ def leading_excess(
         E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
 
     When these have converged, `D - E` is `D` with its `k` leading singular values cut down to the
-    root mean square of the others.
+    root mean square of the others. `V` is kept relative to its largest column, and with 1e-4 of
+    the one before added, which decides where `D` has nothing.
 
     Args:
       step: `D`, (matrices, rows, columns).

@@ -126,10 +126,14 @@ def itself(read):
 def cifar(folder, train=10_000, test=MEASURED):
     found = formats.read(str(folder / "cifar10-jpeg.npz"))
 
+    def scaled(source, count):
+        return source.images[:count].astype(np.float32) / 255
+
+    seen = scaled(found.train, train)
+    mean, deviation = seen.mean((0, 1, 2)), seen.std((0, 1, 2))
+
     def split(source, count):
-        images = source.images[:count].astype(np.float32) / 255
-        images = (images - images.mean((0, 1, 2))) / images.std((0, 1, 2))
-        return Examples(images, source.labels[:count])
+        return Examples((scaled(source, count) - mean) / deviation, source.labels[:count])
 
     return Data(split(found.train, train), split(found.test, test))
 

@@ -1,6 +1,6 @@
 """AdaFisher for JAX: curvature-aware training as an optax transformation."""
 
-from adafisher_jax import nnx, statistics
+from adafisher_jax import diagnostics, nnx, statistics
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered
 from adafisher_jax.linen import trace_layout, value_and_grad
@@ -26,6 +26,7 @@ __all__ = [
     "adafisher",
     "adafisherw",
     "add_micro_batch",
+    "diagnostics",
     "nnx",
     "scale_by_adafisher",
     "statistics",

@@ -16,8 +16,24 @@ from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, path_of
 from adafisher_jax.lineage import find_marks
 from adafisher_jax.probes import insert_probes
+from adafisher_jax.tap import Statistic
 from adafisher_jax.uses import Uses, read_uses
 from adafisher_jax.watch import watching
+
+
+class Form(NamedTuple):
+    """Which form of a layer's statistics is captured, in place of the diagonals.
+
+    Attributes:
+      zeros: of a layer and a type: its `Factor` in this form. Each part has the weight's rank.
+      statistic: turns a layer's statistic into the one that yields this form.
+    """
+
+    zeros: Callable[[Layer, Any], Factor]
+    statistic: Callable[[Statistic], Statistic]
+
+
+DIAGONAL = Form(Layer.zeros, lambda statistic: statistic)
 
 
 class _Traced(NamedTuple):
@@ -90,7 +106,13 @@ def trace_layout(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], layout: Layout, has_aux: bool, first: Any, args: Any, kwargs: Any
+    loss_fn: Callable[..., Any],
+    layout: Layout,
+    has_aux: bool,
+    first: Any,
+    args: Any,
+    kwargs: Any,
+    form: Form = DIAGONAL,
 ) -> tuple[Any, Any, dict[str, Factor]]:
     """The value of `loss_fn(first, *args, **kwargs)`, its gradient and its layers' factors.
 
@@ -104,7 +126,9 @@ def value_and_grad(
     traced = _trace(loss_fn, first, *jax.tree.flatten((args, kwargs)))
     _check_same(layout, traced.uses.layout)
 
-    zeros = {layer.path: _probe(layer, layer.dtype(leaves)) for layer in layout.layers}
+    zeros = {
+        layer.path: _probe(layer, form.zeros(layer, layer.dtype(leaves))) for layer in layout.layers
+    }
     probes = {
         position: zeros[path] for path, position in traced.uses.sources.items() if path in zeros
     }
@@ -113,7 +137,7 @@ def value_and_grad(
         for place, completion in traced.uses.completions.items()
         if completion.carrier.source in probes
     }
-    probed = insert_probes(traced.program, completions, probes)
+    probed = insert_probes(traced.program, completions, probes, form.statistic)
 
     def loss(first: Any, probes: dict[int, Factor]) -> Any:
         return traced.result(probed(*jax.tree.leaves(first), *jax.tree.leaves(probes)))
@@ -153,9 +177,8 @@ def _described(layer: Layer) -> str:
     return ", ".join(f"{leaf.shape} {leaf.axes}" for leaf in layer.leaves)
 
 
-def _probe(layer: Layer, dtype: Any) -> Factor:
+def _probe(layer: Layer, zeros: Factor) -> Factor:
     """Zeros beside a weight; `rows` has its rank, to be sliced with it."""
-    zeros = layer.zeros(dtype)
     return zeros._replace(rows=zeros.rows.reshape(layer.stack_shape))
 
 

@@ -24,6 +24,8 @@ class ScaleByAdaFisherState(NamedTuple):
       scales: a mean square for each parameter, by its path, where the rule keeps one.
       skipped: how many refreshes of each layer were skipped, by layer path, because statistics
         were not finite; of stacked layers, those in which any one was.
+      ages: how many steps ago the averages of each layer last changed, by layer path; of stacked
+        layers, of any one.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, and a method of tuples
@@ -32,6 +34,7 @@ class ScaleByAdaFisherState(NamedTuple):
     slots: dict[str, jax.Array]
     scales: dict[str, Scale]
     skipped: dict[str, jax.Array]
+    ages: dict[str, jax.Array]
 
 
 def scale_by_adafisher(
@@ -104,7 +107,7 @@ def scale_by_adafisher(
                 )
         count = jnp.zeros([], jnp.int32)
         if not leaves:  # nothing to step, or optax.tree.map_params asks where the parameters are
-            nothing: list[Any] = [jnp.zeros([]) for _ in range(4)]
+            nothing: list[Any] = [jnp.zeros([]) for _ in range(5)]
             return ScaleByAdaFisherState(count, params, *nothing)
         if layout is not None:
             layout.check_params(leaves)
@@ -122,6 +125,7 @@ def scale_by_adafisher(
                 if (scale := chosen.start_scale(leaf, *places.get(path, (None, None)))) is not None
             },
             skipped={path: curvature.skipped for path, curvature in start.items()},
+            ages={path: curvature.age for path, curvature in start.items()},
         )
 
     def update_fn(
@@ -156,7 +160,7 @@ def scale_by_adafisher(
                 chosen,
                 b1,
                 correction,
-                Curvature(state.factors[at], state.slots[at], state.skipped[at]),
+                Curvature(state.factors[at], state.slots[at], state.skipped[at], state.ages[at]),
                 None if factors is None else factors[at],
                 *(paths.pick(of) for of in (before, grads, state.scales)),
             )
@@ -176,6 +180,7 @@ def scale_by_adafisher(
             slots={path: curvature.slot for path, curvature in curvatures.items()},
             scales={path: after[path].scale for path in state.scales},
             skipped={path: curvature.skipped for path, curvature in curvatures.items()},
+            ages={path: curvature.age for path, curvature in curvatures.items()},
         )
         return treedef.unflatten([after[path].direction for path in grads]), new_state
 
@@ -206,7 +211,9 @@ def _step_layer(
     scales: Pair,
 ) -> tuple[Curvature, Pair, Pair, Pair]:
     """A layer's averages, and its parameters' momenta, directions and scales."""
-    if fresh is not None:
+    if fresh is None:
+        curvature = curvature._replace(age=curvature.age + 1)
+    else:
         curvature = rule.refresh(layer, curvature, fresh)
     new, momentum = _momentum(rule, b1, correction, mu, grads)
     directions, scales = rule.direction(layer, curvature, momentum, grads, scales)

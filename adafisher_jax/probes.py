@@ -15,6 +15,7 @@ from jax.extend import core
 
 from adafisher_jax.factors import Factor
 from adafisher_jax.lineage import Place, Slice, bodies
+from adafisher_jax.tap import Statistic
 
 ENTERED = frozenset("jit closed_call checkpoint remat remat2 cond scan shard_map".split())
 """The primitives whose programs can be given further inputs."""
@@ -51,7 +52,10 @@ class Completion(NamedTuple):
 
 
 def insert_probes(
-    program: core.ClosedJaxpr, completions: Mapping[Place, Completion], probes: Mapping[int, Factor]
+    program: core.ClosedJaxpr,
+    completions: Mapping[Place, Completion],
+    probes: Mapping[int, Factor],
+    statistic: Callable[[Statistic], Statistic],
 ) -> Callable[..., list[Any]]:
     """The program as a function of its inputs and of probes.
 
@@ -59,6 +63,7 @@ def insert_probes(
       program: a traced program with marks.
       completions: what makes a tap of each mark, by its place; the other marks stay as they are.
       probes: zeros beside parameters, by the parameters' positions.
+      statistic: of a mark's statistic, the one its tap is to have.
 
     Returns:
       A function of the program's inputs, then the leaves of `probes`.
@@ -67,7 +72,7 @@ def insert_probes(
         Carrier(source, ()): [jax.typeof(part) for part in probe]
         for source, probe in sorted(probes.items())  # as jax.tree orders them
     }
-    threaded = _Threading(completions).program(program.jaxpr, (), avals)
+    threaded = _Threading(completions, statistic).program(program.jaxpr, (), avals)
     return core.jaxpr_as_fun(program.replace(jaxpr=threaded))
 
 
@@ -75,8 +80,13 @@ Vars = list[core.Var]
 
 
 class _Threading:
-    def __init__(self, completions: Mapping[Place, Completion]):
+    def __init__(
+        self,
+        completions: Mapping[Place, Completion],
+        statistic: Callable[[Statistic], Statistic],
+    ):
         self.completions = completions
+        self.statistic = statistic
         self.needed: dict[tuple[Place, int], set[Carrier]] = {}
         for place, completion in completions.items():
             for depth in range(1, len(place)):
@@ -92,7 +102,8 @@ class _Threading:
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*place, (index, 0))
             if here in self.completions:
-                eqns += _completed(eqn, self.completions[here], shadows)
+                own = self.statistic(eqn.params["statistic"])
+                eqns += _completed(eqn, self.completions[here], shadows, own)
             elif carriers := self.needed.get((place, index)):
                 eqns += self._entered(eqn, here, sorted(carriers), shadows)
             else:
@@ -143,7 +154,10 @@ class _Threading:
 
 
 def _completed(
-    eqn: core.JaxprEqn, completion: Completion, shadows: Mapping[Carrier, Vars]
+    eqn: core.JaxprEqn,
+    completion: Completion,
+    shadows: Mapping[Carrier, Vars],
+    statistic: Statistic,
 ) -> list[core.JaxprEqn]:
     """The tap, and before it what gives the probe the order of the parameter's axes."""
     carrier, parameter, axes = completion
@@ -158,7 +172,7 @@ def _completed(
                 taken = sum(axis is not None for axis in axes[:dim])
             axes = axes[:dim] + axes[dim + 1 :]
         levels.append((*level[:before], *(taken,) * _PARTS))
-    params = {**eqn.params, "levels": tuple(reversed(levels))}
+    params = {**eqn.params, "statistic": statistic, "levels": tuple(reversed(levels))}
     return [*moves, eqn.replace(invars=[*eqn.invars[:before], *probe], params=params)]
 
 

@@ -25,11 +25,13 @@ class Curvature(NamedTuple):
       slot: the bias slot of `h`, one number for each block: the running average of a constant.
         Averages that start at zero are bias-corrected by it.
       skipped: how many refreshes had statistics that were not finite, whichever stacked layer's.
+      age: how many steps ago the averages last changed, whichever stacked layer's.
     """
 
     factor: Factor
     slot: jax.Array
     skipped: jax.Array
+    age: jax.Array
 
 
 class Pair(NamedTuple):
@@ -72,7 +74,7 @@ class Rule:
     def start(self, layer: Layer, dtype: Any) -> Curvature:
         """The averages before the first refresh."""
         slot = jnp.zeros(layer.slot_shape, dtype)
-        return Curvature(layer.zeros(dtype), slot, jnp.zeros([], jnp.int32))
+        return Curvature(layer.zeros(dtype), slot, *(jnp.zeros([], jnp.int32) for _ in range(2)))
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
         """The averages after new statistics; unchanged where those are unusable."""
@@ -80,6 +82,25 @@ class Rule:
         return _blend(layer, old, new, fresh, self.ema, 1 - self.ema)
 
     nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
+    exponent = 1.0  # of `damped`, in what the momentum is divided by
+
+    def refreshed(self, curvature: Curvature) -> jax.Array:
+        """Which blocks have had statistics; the others are stepped without curvature."""
+        return curvature.slot > 0
+
+    def scaled(
+        self, layer: Layer, curvature: Curvature, centers: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`h`, its bias slot and `s` as the rule scales them: `h * s` is its Fisher term.
+
+        `centers` says whether the weight and the bias are stepped together.
+        """
+        (h, s, _, _), slot, *_ = curvature
+        return h, slot, s
+
+    def damped(self, h: jax.Array, s: jax.Array) -> jax.Array:
+        """The Fisher term with the damping in it."""
+        return h * s + self.damping
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         """What is kept of one parameter, if anything; `at`: its place in a layer."""
@@ -94,6 +115,10 @@ class Rule:
     def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
         """The same for one parameter outside every layer."""
         return momentum, scale
+
+    def size(self, layer: Layer, scale: Scale | None) -> Any:
+        """What a layer's weight has its preconditioned momentum multiplied by."""
+        return 1.0
 
 
 def _blend(
@@ -118,7 +143,8 @@ def _blend(
         return jnp.where(where, keep * before + add * after.astype(before.dtype), before)
 
     factor, slot = jax.tree.map(average, (old.factor, old.slot), new)
-    return Curvature(factor, slot, old.skipped + jnp.any(took_part & ~finite))
+    skipped = old.skipped + jnp.any(took_part & ~finite)
+    return Curvature(factor, slot, skipped, jnp.where(jnp.any(usable), 0, old.age + 1))
 
 
 def _minmax(
@@ -160,15 +186,22 @@ class Paper(Rule):
     the rest of `H`, so averages that start at zero need no further correction.
     """
 
+    def scaled(
+        self, layer: Layer, curvature: Curvature, centers: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (h, s, _, _), slot, *_ = curvature
+        return _minmax(layer, h, slot, s)
+
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
-        (h, s, _, _), slot, _ = curvature
-        damping = jnp.where(slot > 0, self.damping, 1)
-        return _divide(layer, momentum, *_minmax(layer, h, slot, s), damping), scales
+        h, slot, s = self.scaled(layer, curvature, False)
+        refreshed = self.refreshed(curvature)
+        damping = jnp.where(refreshed, self.damping, 1)
+        return _divide(layer, momentum, h, slot, jnp.where(refreshed, s, 0), damping), scales
 
 
-class Official(Rule):
+class Official(Paper):
     r"""The released code's arithmetic: min-max first, then an average of weights γ/10 and γ/100.
 
     .. math::
@@ -181,9 +214,11 @@ class Official(Rule):
     """
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
-        factor, slot, skipped = super().start(layer, dtype)
-        factor = factor._replace(h=jnp.ones_like(factor.h), s=jnp.ones_like(factor.s))
-        return Curvature(factor, jnp.ones_like(slot), skipped)
+        start = super().start(layer, dtype)
+        h, s = (jnp.ones_like(part) for part in start.factor[:2])
+        return start._replace(
+            factor=start.factor._replace(h=h, s=s), slot=jnp.ones_like(start.slot)
+        )
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
         unit = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
@@ -191,13 +226,14 @@ class Official(Rule):
         new = (fresh._replace(h=h, s=s), slot)
         return _blend(layer, old, new, fresh, 0.1 * self.ema, 0.01 * self.ema)
 
-    def direction(
-        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
-    ) -> tuple[Pair, Pair]:
-        (h, s, _, _), slot, _ = curvature
-        refreshed = slot < 1  # the first refresh takes it far below where it starts
-        damping = jnp.where(refreshed, self.damping, 1)
-        return _divide(layer, momentum, h, slot, jnp.where(refreshed, s, 0), damping), scales
+    def refreshed(self, curvature: Curvature) -> jax.Array:
+        return curvature.slot < 1  # the first refresh takes it far below where it starts
+
+    def scaled(
+        self, layer: Layer, curvature: Curvature, centers: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (h, s, _, _), slot, *_ = curvature
+        return h, slot, s
 
 
 class Centered(Rule):
@@ -223,6 +259,7 @@ class Centered(Rule):
     """
 
     nesterov = True
+    exponent = 0.5
     b2 = 0.99
     rms = 0.2
 
@@ -238,18 +275,33 @@ class Centered(Rule):
             basis = spectrum.start(matrices, jnp.promote_types(leaf.dtype, dtype))
         return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), basis)
 
+    def scaled(
+        self, layer: Layer, curvature: Curvature, centers: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (h, s, _, mean), slot, *_ = curvature
+        weight = jnp.where(self.refreshed(curvature), slot, 1)
+        if layer.kind == "norm":
+            h = jnp.full_like(h, 1 - self.damping)  # which is one when damped
+        elif centers:
+            h = _relative(layer, jnp.maximum(h / weight - jnp.square(mean / weight), 0))
+        else:
+            h = _relative(layer, h / weight)
+        return h, slot, _relative(layer, s / weight)
+
+    def damped(self, h: jax.Array, s: jax.Array) -> jax.Array:
+        return (h + self.damping) * (s + self.damping)
+
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
-        (h, s, _, mean), slot, _ = curvature
-        refreshed = slot > 0
-        weight = jnp.where(refreshed, slot, 1)
-        h, s, mean = h / weight, s / weight, mean / weight
         (d_w, d_b), (scale_w, scale_b) = momentum, scales
         centers = layer.kind != "norm" and d_w is not None and d_b is not None
-        if centers:
-            h = jnp.maximum(h - jnp.square(mean), 0)
-        inverse_s = jnp.where(refreshed, self._inverse_root(layer, s), 1)
+        refreshed = self.refreshed(curvature)
+        h, _, s = self.scaled(layer, curvature, centers)
+        inverse_h, inverse_s = (
+            jnp.where(refreshed, jax.lax.rsqrt(x + self.damping), 1) for x in (h, s)
+        )
+        mean = curvature.factor.mean / jnp.where(refreshed, curvature.slot, 1)
 
         if layer.bias is not None and d_b is not None:
             scaled = d_b * layer.to_bias(inverse_s)
@@ -257,7 +309,6 @@ class Centered(Rule):
         if d_w is not None and layer.kind == "norm":
             d_w, scale_w = self._vector(d_w * inverse_s, grads.weight, scale_w, layer.axes)
         elif d_w is not None:
-            inverse_h = jnp.where(refreshed, self._inverse_root(layer, h), 1)
             d_w = d_w * (inverse_h * inverse_s)
             least = jnp.zeros(())
             if centers:
@@ -301,17 +352,25 @@ class Centered(Rule):
         good = jnp.isfinite(square)
         new = jnp.where(good, self.b2 * scale.square + (1 - self.b2) * square, scale.square)
         weight = jnp.where(good, self.b2 * scale.weight + (1 - self.b2), scale.weight)
-        average = new / jnp.where(weight > 0, weight, 1)
-        usable = good & (average > 0)  # or else there is no step
-        inverse = jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, average, 1)), 0)
-        return scale._replace(square=new, weight=weight), inverse
+        scale = scale._replace(square=new, weight=weight)
+        return scale, jnp.where(good, _inverse_rms(scale), 0)  # without a square there is no step
 
-    def _inverse_root(self, layer: Layer, values: jax.Array) -> jax.Array:
-        """One over the damped root of values relative to their block's average."""
-        average = jnp.mean(values, layer.inner, keepdims=True)
-        relative = values / jnp.where(average > 0, average, 1)
-        known = (average > 0) & jnp.isfinite(relative)
-        return jax.lax.rsqrt(jnp.where(known, relative, 1) + self.damping)
+    def size(self, layer: Layer, scale: Scale | None) -> Any:
+        assert scale is not None
+        return (1 if layer.kind == "norm" else self.rms) * _inverse_rms(scale)
+
+
+def _inverse_rms(scale: Scale) -> jax.Array:
+    """One over the running root mean square; 0 while that is 0."""
+    average = scale.square / jnp.where(scale.weight > 0, scale.weight, 1)
+    return jnp.where(average > 0, jax.lax.rsqrt(jnp.where(average > 0, average, 1)), 0)
+
+
+def _relative(layer: Layer, values: jax.Array) -> jax.Array:
+    """Values relative to their block's average; 1 where that is nothing to go by."""
+    average = jnp.mean(values, layer.inner, keepdims=True)
+    relative = values / jnp.where(average > 0, average, 1)
+    return jnp.where((average > 0) & jnp.isfinite(relative), relative, 1)
 
 
 def _squared(x: jax.Array) -> jax.Array:

@@ -1,0 +1,43 @@
+"""Seeing the curvature: what the optimizer does to each layer, and how far its diagonals hold.
+
+- `report`, `table`, `scalars`: live, from the optimizer's state, inside a jitted step.
+- `full_factors`, `pool`: the whole Kronecker factors of chosen layers.
+- `diagonal_energy`, `gershgorin`, `add_noise`, `eigenvalues`, `kaiser`, `fourier`,
+  `signal_to_noise`: how diagonal such a factor is.
+- `compare_steps`: steps of the approximations beside those of the exact empirical Fisher.
+"""
+
+from adafisher_jax.diagnostics.approximation import Comparison, Deviation, compare_steps
+from adafisher_jax.diagnostics.concentration import (
+    Discs,
+    add_noise,
+    diagonal_energy,
+    eigenvalues,
+    fourier,
+    gershgorin,
+    kaiser,
+    signal_to_noise,
+)
+from adafisher_jax.diagnostics.full_factors import FullFactor, full_factors, pool
+from adafisher_jax.diagnostics.live import LayerReport, report, scalars, table
+
+__all__ = [
+    "Comparison",
+    "Deviation",
+    "Discs",
+    "FullFactor",
+    "LayerReport",
+    "add_noise",
+    "compare_steps",
+    "diagonal_energy",
+    "eigenvalues",
+    "fourier",
+    "full_factors",
+    "gershgorin",
+    "kaiser",
+    "pool",
+    "report",
+    "scalars",
+    "signal_to_noise",
+    "table",
+]

@@ -1,0 +1,188 @@
+r"""How good the diagonal-Kronecker curvature is, where the exact one can still be built."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adafisher_jax.diagnostics.full_factors import FullFactor, full_factors
+from adafisher_jax.diagnostics.pure import pure
+from adafisher_jax.layout import Layer, Layout, path_of
+
+LARGEST = 2000  # parameters of a layer whose exact matrix is built unasked
+
+
+class Deviation(NamedTuple):
+    """A step beside the exact one.
+
+    Attributes:
+      angle: between the two, in degrees.
+      error: the norm of their difference, relative to the exact one's.
+    """
+
+    angle: jax.Array
+    error: jax.Array
+
+
+class Comparison(NamedTuple):
+    """Steps of one layer beside that of its exact empirical Fisher.
+
+    Attributes:
+      gradient: the gradient itself, as long as the exact step.
+      diagonal: the step of the diagonal-Kronecker curvature.
+      kronecker: the step of the Kronecker curvature.
+    """
+
+    gradient: Deviation
+    diagonal: Deviation
+    kronecker: Deviation
+
+
+def compare_steps(
+    loss_fn: Callable[..., Any],
+    layout: Layout,
+    paths: Iterable[str] | None = None,
+    *,
+    damping: float = 0.1,
+) -> Callable[..., dict[str, Comparison]]:
+    r"""Steps `(F + λI)⁻¹g` of three curvatures, against the exact empirical Fisher's.
+
+    With :math:`g_i` the gradient of example `i` of `B`, and the factors of `full_factors` over
+    `N` rows,
+
+    .. math::
+
+        F_{exact} = \frac1B \sum_i g_i g_i^T, \qquad
+        F_{kron} = N B\, H \otimes S, \qquad
+        F_{diag} = N B\, \mathrm{diag}(H) \otimes \mathrm{diag}(S)
+
+    where the factor `NB` turns cotangents of the mean loss into those of examples, and sums over
+    an example's positions as if they were independent. `λ` is `damping` times the average
+    diagonal entry of each.
+
+    Args:
+      loss_fn: a scalar loss, the *mean over examples* of terms that depend on one example each
+        (no batch statistics), of Linen parameters or an NNX module.
+      layout: from `trace_layout`.
+      paths: of the layers; None for all with at most 2,000 parameters and two factors.
+      damping: relative, as above.
+
+    Returns:
+      A function of the loss's arguments that returns a `Comparison` for each path. Its arrays
+      have the examples on their first axis. Of stacked layers the numbers are arrays.
+
+    Raises:
+      ValueError: for unknown paths; from the returned function, if the arrays disagree in their
+        first axis.
+
+    Example:
+      With cotangents that are all alike the Kronecker curvature is exact:
+
+      >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(1), jax.random.normal(jax.random.key(1), (8, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda params, x: jnp.mean(model.apply({"params": params}, x))
+      >>> layout = af.trace_layout(loss_fn, params, x)
+      >>> found = compare_steps(loss_fn, layout)(params, x)[""]
+      >>> bool(found.kronecker.angle < 0.1), bool(found.diagonal.angle > 1)
+      (True, True)
+    """
+    if paths is None:
+        paths = [
+            layer.path
+            for layer in layout.layers
+            if layer.ins and layer.outs and _size(layer) <= LARGEST
+        ]
+    chosen = [layer for layer in layout.layers if layer.path in (paths := set(paths))]
+    factors_fn = full_factors(loss_fn, layout, paths)
+
+    def compare(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, Comparison]:
+        factors = factors_fn(first, *args, **kwargs)
+        loss, params = pure(loss_fn, first)
+        each = _gradients(loss, params, args, kwargs)
+        return {layer.path: _compare(layer, factors[layer.path], each, damping) for layer in chosen}
+
+    return compare
+
+
+def _size(layer: Layer) -> int:
+    """Of one of the stacked layers."""
+    blocks = math.prod(layer.shape[i] for i in layer.blocks)
+    return sum(leaf.size for leaf in layer.leaves) // blocks
+
+
+def _gradients(loss: Any, params: Any, args: Any, kwargs: Any) -> dict[str, jax.Array]:
+    """Of every example's loss: arrays (examples, *shape) by path."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+    counts = {np.shape(leaves[i])[:1] for i in arrays}
+    if len(counts) != 1 or counts == {()}:
+        shapes = ", ".join(str(np.shape(leaves[i])) for i in arrays) or "nothing"
+        raise ValueError(f"args: got arrays of shapes {shapes}, wanted the examples on axis 0")
+
+    def gradient(*one: jax.Array) -> Any:
+        whole = list(leaves)
+        for i, value in zip(arrays, one, strict=True):
+            whole[i] = value[None]
+        args, kwargs = jax.tree.unflatten(structure, whole)
+        return jax.grad(loss)(params, *args, **kwargs)
+
+    found = jax.vmap(gradient)(*(leaves[i] for i in arrays))
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def _compare(
+    layer: Layer, factor: FullFactor, each: dict[str, jax.Array], damping: float
+) -> Comparison:
+    blocks = factor.h.shape[:-2]
+    h, s = (part.reshape(-1, *part.shape[-2:]) for part in factor[:2])
+    rows = jnp.broadcast_to(factor.rows.reshape(layer.stack_shape), layer.slot_shape).reshape(-1)
+    gradients = jax.vmap(lambda one: _vectors(layer, one), out_axes=1)(each)
+    found = jax.vmap(_compare_block, (0, 0, 0, 0, None))(h, s, rows, gradients, damping)
+    return jax.tree.map(lambda value: value.reshape(blocks), found)
+
+
+def _vectors(layer: Layer, leaves: dict[str, jax.Array]) -> jax.Array:
+    """A layer's arrays as vectors, (blocks, n), in the order of its inputs, the bias last."""
+    parts = []
+    if layer.weight is not None:
+        parts.append(layer.to_matrices(leaves[layer.weight.path]))
+    if layer.bias is not None:
+        parts.append(layer.to_matrices(layer.from_bias(leaves[layer.bias.path])))
+    whole = jnp.concatenate(parts, 1)
+    return whole.reshape(len(whole), -1)
+
+
+def _compare_block(
+    h: jax.Array, s: jax.Array, rows: jax.Array, each: jax.Array, damping: Any
+) -> Comparison:
+    examples, n = each.shape
+    gradient = jnp.mean(each, 0)
+    precision = jax.lax.Precision.HIGHEST
+    curvatures = {
+        "exact": jnp.matmul(each.T, each, precision=precision) / examples,
+        "kronecker": rows * examples * jnp.kron(h, s),
+        "diagonal": rows * examples * jnp.diag(jnp.kron(jnp.diagonal(h), jnp.diagonal(s))),
+    }
+
+    def step(curvature: jax.Array) -> jax.Array:
+        extra = damping * jnp.trace(curvature) / n
+        return jnp.linalg.solve(curvature + extra * jnp.eye(n, dtype=h.dtype), gradient)
+
+    exact, kronecker, diagonal = (
+        step(curvatures[name]) for name in ("exact", "kronecker", "diagonal")
+    )
+    length = jnp.linalg.norm(exact)
+    as_long = gradient * (length / jnp.linalg.norm(gradient))
+    return Comparison(*(_deviation(one, exact) for one in (as_long, diagonal, kronecker)))
+
+
+def _deviation(step: jax.Array, exact: jax.Array) -> Deviation:
+    norms = jnp.linalg.norm(step) * jnp.linalg.norm(exact)
+    cosine = jnp.clip(jnp.vdot(step, exact) / norms, -1, 1)
+    return Deviation(
+        jnp.degrees(jnp.arccos(cosine)), jnp.linalg.norm(step - exact) / jnp.linalg.norm(exact)
+    )

@@ -1,0 +1,144 @@
+r"""How far a symmetric matrix, such as a whole Kronecker factor, is diagonal.
+
+The analysis of arXiv:2405.16397, section 3.1 and appendix A.1, and of the thesis, arXiv:2504.20096:
+factors concentrate on their diagonal, and noise beside it hardly moves their eigenvalues. Every
+function takes an array (n, n) and works under `jax.vmap`, for a stack of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def diagonal_energy(matrix: jax.Array) -> jax.Array:
+    r"""The diagonal's share of the squared Frobenius norm, in [0, 1].
+
+    .. math:: \sum_i M_{ii}^2 \Big/ \sum_{ij} M_{ij}^2
+
+    1 for a diagonal matrix, 1/n for one whose entries are all alike.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> diagonal_energy(jnp.array([[2.0, 1.0], [1.0, 0.0]])).round(4).item()
+      0.6667...
+    """
+    scaled = _unit(matrix)
+    return jnp.sum(jnp.square(jnp.diagonal(scaled))) / jnp.sum(jnp.square(scaled))
+
+
+class Discs(NamedTuple):
+    """Gershgorin's discs of a symmetric matrix, thus intervals.
+
+    Attributes:
+      centers: the diagonal, (n,).
+      radii: the sums of the other entries' absolute values in each row, (n,).
+    """
+
+    centers: jax.Array
+    radii: jax.Array
+
+    @property
+    def bounds(self) -> tuple[jax.Array, jax.Array]:
+        """Between which all eigenvalues lie."""
+        return jnp.min(self.centers - self.radii), jnp.max(self.centers + self.radii)
+
+
+def gershgorin(matrix: jax.Array) -> Discs:
+    r"""The discs in whose union all eigenvalues lie.
+
+    .. math:: |\lambda - M_{ii}| \le R_i = \sum_{j \ne i} |M_{ij}|
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> discs = gershgorin(jnp.array([[4.0, 1.0], [1.0, 2.0]]))
+      >>> [bound.item() for bound in discs.bounds]
+      [1.0, 5.0]
+    """
+    centers = jnp.diagonal(matrix)
+    return Discs(centers, jnp.sum(jnp.abs(matrix), 1) - jnp.abs(centers))
+
+
+def add_noise(matrix: jax.Array, scale: jax.typing.ArrayLike, key: jax.Array) -> jax.Array:
+    r"""The matrix with noise beside its diagonal, which stays as it is.
+
+    .. math:: M + E, \qquad E_{ij} = E_{ji} \sim \mathcal N(0, \sigma^2), \qquad E_{ii} = 0
+
+    By Weyl's inequality no eigenvalue moves by more than :math:`\|E\|_2`.
+
+    Args:
+      matrix: symmetric, (n, n).
+      scale: the standard deviation σ (1e-3 in the publication).
+      key: for `jax.random`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> noisy = add_noise(jnp.eye(2), 0.1, jax.random.key(0))
+      >>> bool((noisy == noisy.T).all()), jnp.diagonal(noisy).tolist()
+      (True, [1.0, 1.0])
+    """
+    upper = jnp.triu(scale * jax.random.normal(key, matrix.shape, matrix.dtype), 1)
+    return matrix + upper + upper.T
+
+
+def eigenvalues(matrix: jax.Array) -> jax.Array:
+    """The eigenvalues of a symmetric matrix, the largest first, (n,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> eigenvalues(jnp.array([[2.0, 1.0], [1.0, 2.0]])).round(4).tolist()
+      [3.0, 1.0]
+    """
+    return jnp.linalg.eigvalsh(matrix)[::-1]
+
+
+def kaiser(values: jax.Array) -> jax.Array:
+    r"""Which eigenvalues the Kaiser rule keeps: those above their average, (n,).
+
+    .. math:: \lambda_i > \frac1n \sum_j \lambda_j
+
+    Of a correlation matrix, whose eigenvalues average to 1, it is the rule in its usual form.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kaiser(jnp.array([5.0, 2.0, 1.0, 0.0])).tolist()
+      [True, False, False, False]
+    """
+    return values > jnp.mean(values)
+
+
+def fourier(matrix: jax.Array) -> jax.Array:
+    r"""The magnitudes of the 2-D discrete Fourier transform, zero frequency in the middle, (n, n).
+
+    .. math:: |\mathcal F_{uv}| = \Big|\sum_{ij} M_{ij}\, e^{-2 \pi i\,(u i + v j)/n}\Big|
+
+    A diagonal matrix has them constant along the lines :math:`u + v` = const, so that a line
+    across the middle shows a diagonal.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fourier(jnp.eye(3)).round(4).tolist()
+      [[0.0, 0.0, 3.0], [0.0, 3.0, 0.0], [3.0, 0.0, 0.0]]
+    """
+    return jnp.fft.fftshift(jnp.abs(jnp.fft.fft2(matrix)))
+
+
+def signal_to_noise(matrix: jax.Array) -> jax.Array:
+    r"""The diagonal beside what is above it, in decibels; infinite for a diagonal matrix.
+
+    .. math:: 10 \log_{10} \Big(\sum_i M_{ii}^2 \Big/ \sum_{i < j} M_{ij}^2\Big)
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> signal_to_noise(jnp.array([[3.0, 1.0], [1.0, 1.0]])).round(4).item()
+      10.0
+    """
+    scaled = _unit(matrix)
+    signal = jnp.sum(jnp.square(jnp.diagonal(scaled)))
+    return 10 * jnp.log10(signal / jnp.sum(jnp.square(jnp.triu(scaled, 1))))
+
+
+def _unit(matrix: jax.Array) -> jax.Array:
+    """Relative to the largest entry: squares of cotangents are out of a float32's range."""
+    largest = jnp.max(jnp.abs(matrix))
+    return matrix / jnp.where(largest > 0, largest, 1)

@@ -1,0 +1,186 @@
+r"""The whole Kronecker factors of a layer, of which the optimizer keeps the diagonals."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adafisher_jax.capture import Form, check_layout, value_and_grad
+from adafisher_jax.diagnostics import rows
+from adafisher_jax.diagnostics.pure import pure
+from adafisher_jax.factors import Factor
+from adafisher_jax.layout import Layer, Layout
+from adafisher_jax.tap import Statistic
+
+
+class FullFactor(NamedTuple):
+    r"""The Kronecker factors of one layer: `H = E[h̄h̄ᵀ]`, `S = E[ssᵀ]`.
+
+    Attributes:
+      h: mean over rows of the inputs' products, (\*blocks, d_in, d_in), the axes of inputs
+        flattened in the weight's order; one longer, with the 1 as the last input, where there is
+        a bias. Blocks are the layers stacked in one array, if they are.
+      s: mean over rows of the output cotangents' products, (\*blocks, d_out, d_out).
+      rows: the number of rows averaged, for each stacked layer.
+    """
+
+    h: jax.Array
+    s: jax.Array
+    rows: jax.Array
+
+
+def full_factors(
+    loss_fn: Callable[..., Any], layout: Layout, paths: Iterable[str] | None = None
+) -> Callable[..., dict[str, FullFactor]]:
+    r"""The whole Kronecker factors of chosen layers, in one backward pass.
+
+    .. math:: H = \frac1N \sum_n \bar h_n \bar h_n^T, \qquad S = \frac1N \sum_n s_n s_n^T
+
+    Their diagonals are the `h` and `s` of `adafisher_jax.value_and_grad`. A layer's patches and
+    one-hot inputs are built for it: for looking at a model, not for training it.
+
+    Args:
+      loss_fn: a scalar loss of Linen parameters or an NNX module, as in `trace_layout`.
+      layout: from `trace_layout`.
+      paths: of the layers; None for all but normalization layers.
+
+    Returns:
+      A function of the loss's arguments that returns a `FullFactor` for each path. Jit it.
+
+    Raises:
+      TypeError: for a layout that is none.
+      ValueError: for a path that is no layer's, or one without inputs or outputs to multiply
+        (a normalization layer).
+
+    Example:
+      >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(1), jnp.array([[1.0, 2.0], [3.0, 0.0]])
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda params, x: jnp.sum(model.apply({"params": params}, x))
+      >>> layout = af.trace_layout(loss_fn, params, x)
+      >>> full_factors(loss_fn, layout)(params, x)[""].h.tolist()
+      [[5.0, 1.0, 2.0], [1.0, 2.0, 1.0], [2.0, 1.0, 1.0]]
+    """
+    check_layout(layout)
+    chosen = Layout(_choose(layout, paths))
+
+    def factors_fn(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, FullFactor]:
+        loss, params = pure(loss_fn, first)
+        _, _, factors = value_and_grad(loss, chosen, False, params, args, kwargs, _FULL)
+        return {layer.path: _matrices(layer, factors[layer.path]) for layer in chosen.layers}
+
+    return factors_fn
+
+
+def pool(batches: Iterable[Mapping[str, FullFactor]]) -> dict[str, FullFactor]:
+    """The factors of several batches together: means over the rows of all.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> one = FullFactor(jnp.eye(2), jnp.eye(1), jnp.array(1.0))
+      >>> three = FullFactor(5 * jnp.eye(2), jnp.eye(1), jnp.array(3.0))
+      >>> pool([{"layer": one}, {"layer": three}])["layer"].h.tolist()
+      [[4.0, 0.0], [0.0, 4.0]]
+    """
+
+    def add(total: FullFactor, one: FullFactor) -> FullFactor:
+        rows = total.rows + one.rows
+        share = one.rows / jnp.maximum(rows, 1)
+
+        def move(old: jax.Array, new: jax.Array) -> jax.Array:
+            weight = share.reshape(*share.shape, *(1,) * (old.ndim - share.ndim))
+            return old + weight * (new - old)
+
+        return FullFactor(move(total.h, one.h), move(total.s, one.s), rows)
+
+    first, *others = batches
+    total = dict(first)
+    for one in others:
+        total = {path: add(factor, one[path]) for path, factor in total.items()}
+    return total
+
+
+def _choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
+    layers = {layer.path: layer for layer in layout.layers}
+    if paths is None:
+        return tuple(layer for layer in layout.layers if layer.ins and layer.outs)
+    for path in paths:
+        if path not in layers:
+            raise ValueError(f"paths: got {path!r}, wanted some of {', '.join(map(repr, layers))}")
+        if not (layers[path].ins and layers[path].outs):
+            raise ValueError(
+                f"paths: {path!r} is a {layers[path].kind} layer, which has no two factors"
+            )
+    return tuple(layers[path] for path in sorted(set(paths)))
+
+
+# In a tap a whole factor has the weight's rank, as the diagonals do, so that it goes where the
+# weight goes: the second index of `h` lies on the first out axis, that of `s` on the first in axis.
+
+
+def _zeros(layer: Layer, dtype: Any) -> Factor:
+    zeros = layer.zeros(dtype)
+    ins, outs = (math.prod(layer.shape[i] for i in axes) for axes in (layer.ins, layer.outs))
+    h, s = list(zeros.h.shape), list(zeros.s.shape)
+    h[layer.outs[0]], s[layer.ins[0]] = ins, outs
+    return zeros._replace(h=jnp.zeros(h, dtype), s=jnp.zeros(s, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SecondMoments:
+    """A statistic whose `h` and `s` are whole."""
+
+    diagonal: Any
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, mean = self.diagonal.of_inputs(x)
+        return self._products(rows.of_inputs(self.diagonal, x), "in", "out"), mean
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        return self._products(rows.of_cotangents(self.diagonal, g), "out", "in")
+
+    def rows(self, y: jax.Array) -> int:
+        count: int = self.diagonal.rows(y)
+        return count
+
+    def _products(self, found: jax.Array, along: str, across: str) -> jax.Array:
+        """The sum over rows of products, its second index on the first axis `across`."""
+        axes = self.diagonal.weight_axes
+        first = [i for i, axis in enumerate(axes) if axis.startswith(along)]
+        other = [i for i, axis in enumerate(axes) if axis.startswith(across)]
+        blocks = [i for i in range(len(axes)) if i not in first + other]
+        sizes = [found.shape[1 + i] for i in (*blocks, *first)]
+        ordered = found.transpose(0, *(1 + i for i in (*blocks, *first, *other)))
+        flat = ordered.reshape(len(found), math.prod(sizes[: len(blocks)]), -1)
+        products = jnp.einsum("nbi,nbj->bij", flat, flat, precision=jax.lax.Precision.HIGHEST)
+        whole = products.reshape(*sizes, flat.shape[-1], *(1,) * (len(other) - 1))
+        return whole.transpose(np.argsort((*blocks, *first, *other)))
+
+
+def _full(statistic: Statistic) -> Statistic:
+    return _SecondMoments(statistic)
+
+
+_FULL = Form(_zeros, _full)
+
+
+def _matrices(layer: Layer, factor: Factor) -> FullFactor:
+    def matrices(value: jax.Array, first: tuple[int, ...], second: int) -> jax.Array:
+        order = (*layer.blocks, *first, second)
+        rest = [i for i in range(value.ndim) if i not in order]
+        size = value.shape[second]
+        blocks = [value.shape[i] for i in layer.blocks]
+        return value.transpose(*order, *rest).reshape(*blocks, size, size)
+
+    h = matrices(factor.h, layer.ins, layer.outs[0])
+    s = matrices(factor.s, layer.outs, layer.ins[0])
+    if layer.bias is not None:
+        mean = layer.to_matrices(factor.mean).reshape(*h.shape[:-1], 1)
+        took_part = jnp.broadcast_to((factor.rows > 0).reshape(layer.stack_shape), layer.slot_shape)
+        slot = took_part.astype(h.dtype).reshape(*h.shape[:-2], 1, 1)
+        h = jnp.block([[h, mean], [mean.mT, slot]])
+    return FullFactor(h, s, factor.rows)

@@ -1,0 +1,113 @@
+"""The rows behind a layer's factors: its inputs, patches included, and its output cotangents.
+
+The optimizer never builds these; `adafisher_jax.statistics` reduces them as they come. Here they
+are built, for the few layers someone wants to look at, in the array convention of
+`adafisher_jax.factors` with the rows in front: the `h` of the factors is the mean over
+`of_inputs(...)**2`, the `s` that over `of_cotangents(...)**2`.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adafisher_jax.statistics import Contraction, Convolution, LocalConvolution, Lookup, Window
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.singledispatch
+def of_inputs(statistic: Any, x: jax.Array) -> jax.Array:
+    """One call's inputs, (rows, *the axes of the weight) with every out axis 1."""
+    raise TypeError(f"statistic: {type(statistic).__name__} has no rows")
+
+
+@functools.singledispatch
+def of_cotangents(statistic: Any, g: jax.Array) -> jax.Array:
+    """One call's output cotangents, (rows, *the axes of the weight) with every in axis 1."""
+    raise TypeError(f"statistic: {type(statistic).__name__} has no rows")
+
+
+def _contracted(value: jax.Array, letters: str, weight: str) -> jax.Array:
+    """The axes that are not the weight's as rows, and the weight's others as 1."""
+    rows = [i for i, c in enumerate(letters) if c not in weight]
+    own = [letters.index(c) for c in weight if c in letters]
+    sizes = [value.shape[letters.index(c)] if c in letters else 1 for c in weight]
+    return value.transpose([*rows, *own]).reshape(-1, *sizes)
+
+
+@of_inputs.register
+def _(statistic: Contraction, x: jax.Array) -> jax.Array:
+    letters = statistic.x
+    alone = [i for i, c in enumerate(letters) if c not in statistic.weight + statistic.y]
+    kept = "".join(c for i, c in enumerate(letters) if i not in alone)
+    return _contracted(jnp.sum(_wide(x), tuple(alone)), kept, statistic.weight)
+
+
+@of_cotangents.register
+def _(statistic: Contraction, g: jax.Array) -> jax.Array:
+    return _contracted(_wide(g), statistic.y, statistic.weight)
+
+
+def _patches(x: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
+    """(batch, *outputs, *sizes, channels): what each output position reads, zeros outside."""
+    *_, channels = x.shape
+    rank = len(windows)
+    x = _wide(x).reshape(-1, *x.shape[-rank - 1 : -1], channels)
+    for axis, window in enumerate(windows):
+        # Axes so far: the batch, (size, outputs) for each axis gathered, then what is left.
+        reads = window.reads()
+        x = jnp.take(x, np.maximum(reads, 0), axis=1 + 2 * axis)
+        inside = (reads >= 0).reshape(*reads.shape, *(1,) * (x.ndim - 2 * axis - 3))
+        x = jnp.where(inside, x, 0)
+    outputs, sizes = range(2, 2 * rank + 1, 2), range(1, 2 * rank, 2)
+    return x.transpose(0, *outputs, *sizes, 2 * rank + 1)
+
+
+@of_inputs.register
+def _(statistic: Convolution, x: jax.Array) -> jax.Array:
+    found = _patches(x, statistic.windows)
+    rank, groups = len(statistic.windows), statistic.groups
+    *_, channels = found.shape
+    sizes = found.shape[1 + rank : -1]
+    found = found.reshape(-1, *sizes, groups, channels // groups)
+    # Groups share a slice of the kernel, so that each is a row; as many as without them count.
+    found = jnp.moveaxis(found, -2, 0).reshape(-1, *sizes, channels // groups) / groups**0.5
+    return jnp.expand_dims(found, -2 if statistic.transposed else -1)
+
+
+@of_cotangents.register
+def _(statistic: Convolution, g: jax.Array) -> jax.Array:
+    channels = (g.shape[-1], 1) if statistic.transposed else (1, g.shape[-1])
+    return _wide(g).reshape(-1, *(1,) * len(statistic.windows), *channels)
+
+
+@of_inputs.register
+def _(statistic: LocalConvolution, x: jax.Array) -> jax.Array:
+    found = _patches(x, statistic.windows)
+    rank = len(statistic.windows)
+    # The kernel's input axis holds the channels before the window's positions.
+    found = jnp.moveaxis(found, -1, 1 + rank)
+    return found.reshape(*found.shape[: 1 + rank], -1, 1)
+
+
+@of_cotangents.register
+def _(statistic: LocalConvolution, g: jax.Array) -> jax.Array:
+    rank = len(statistic.windows)
+    return _wide(g).reshape(-1, *g.shape[-rank - 1 : -1], 1, g.shape[-1])
+
+
+@of_inputs.register
+def _(statistic: Lookup, x: jax.Array) -> jax.Array:
+    index = jnp.ravel(x) if statistic.size > 1 else jnp.zeros(math.prod(x.shape), jnp.int32)
+    return jax.nn.one_hot(index, statistic.size)[..., None]
+
+
+@of_cotangents.register
+def _(statistic: Lookup, g: jax.Array) -> jax.Array:
+    return _wide(g).reshape(-1, 1, g.shape[-1])

@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import pytest
 
-from benchmarks.study import command, plan, trial
+from adafisher_jax import Factor
+from benchmarks.study import command, controls, plan, trial
 from benchmarks.study.problems import PROBLEMS
 from benchmarks.study.results import Results
 
@@ -73,3 +75,30 @@ def test_the_best_setting_is_that_of_the_lowest_finite_loss():
     other = dataclasses.replace(one, rate=1e-1)
     assert plan.best([one, other], {one: {"train_loss": 2.0}, other: {"diverged": "yes"}}) == one
     assert plan.best([one, other], {one: {"train_loss": 2.0}, other: {"train_loss": 1.0}}) == other
+
+
+def test_a_control_takes_one_thing_away():
+    factor = Factor(jnp.array([5.0, 2.0]), jnp.array([3.0, 1.0]), jnp.ones(()), jnp.array([1, 0.5]))
+
+    def seen(edit):
+        h, s, _, mean = edit(factor)
+        return (h - mean**2).tolist(), s.tolist(), mean.tolist()
+
+    assert seen(lambda x: x) == ([4.0, 1.75], [3.0, 1.0], [1.0, 0.5])
+    assert seen(controls.no_inputs) == ([1.0, 1.0], [3.0, 1.0], [1.0, 0.5])
+    assert seen(controls.no_outputs) == ([4.0, 1.75], [1.0, 1.0], [1.0, 0.5])
+    assert seen(controls.no_centering) == ([5.0, 2.0], [3.0, 1.0], [0.0, 0.0])
+    assert seen(controls.constant) == ([1.0, 1.0], [1.0, 1.0], [0.0, 0.0])
+    variance, s, mean = seen(controls.shuffled)
+    assert sorted(variance) == [1.75, 4.0]
+    assert sorted(s) == [1.0, 3.0]
+    assert mean == [1.0, 0.5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", controls.NAMES)
+def test_controls_learn_and_differ_from_what_they_control(study, name):
+    whole = name.partition("-")[0]
+    control, other = study("--optimizers", name, f"adafisher:{whole}", "--rates", "1e-3")
+    assert control["train_loss"][0] < 2.4
+    assert control["train_loss"] != other["train_loss"]

@@ -8,7 +8,7 @@ import pathlib
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.study import cost, figures, plan, tables, trial
+from benchmarks.study import controls, cost, figures, plan, tables, trial
 from benchmarks.study.problems import PROBLEMS
 from benchmarks.study.results import Results
 from examples.training import optimizers
@@ -21,7 +21,12 @@ def add_arguments(parser):
     add = functools.partial(parser.add_argument, metavar="")
     add("--data", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets")
     add("--problems", nargs="+", default=[*PROBLEMS], help=f"of {' '.join(PROBLEMS)}")
-    add("--optimizers", nargs="+", default=DEFAULT, help=f"of {' '.join(optimizers.NAMES)}")
+    add(
+        "--optimizers",
+        nargs="+",
+        default=DEFAULT,
+        help=f"of {' '.join([*optimizers.NAMES, *controls.NAMES])}",
+    )
     add("--rates", nargs="+", type=float, help="learning rates; default: half-decades")
     add("--set", nargs="+", default=[], help="further settings to try: damping=0.01,0.1 b1=0.9")
     add("--batches", nargs="+", type=int, help="their sizes; default: each problem's own")

@@ -13,8 +13,8 @@ from benchmarks.study.trial import Trial
 
 PROTOCOLS = "steps", "epochs", "time"
 # Half-decades, as many for each optimizer; those whose steps are as long as gradients want larger.
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-LARGER = [3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1e0]
+RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+LARGER = [1e-2, 3e-2, 1e-1, 3e-1, 1e0]
 LARGER_FOR = "sgd", "kfac"
 
 

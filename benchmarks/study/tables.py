@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-COLUMNS = "best_rate train_loss held_out_loss held_out_accuracy ms_ratio state_ratio seeds".split()
+COLUMNS = "best_rate train_loss held_out_loss held_out_accuracy state_ratio seeds".split()
 
 
 def summary(records):
@@ -40,9 +40,10 @@ def rows(finals, results, baseline="adamw"):
         }
         for key in ("train_loss", "held_out_loss", "held_out_accuracy"):
             row[key] = of(key)
-        for key, ratio in {"ms": "ms_ratio", "state_bytes": "state_ratio"}.items():
-            there, here = compared(key), of(key)
-            row[ratio] = here[0] / there[0] if there and here else None
+        if shares := [record["above_damping"] for record in records if "above_damping" in record]:
+            row["above_damping"] = np.mean(shares, 0)[:, 1].round(4).tolist()
+        there, here = compared("state_bytes"), of("state_bytes")
+        row["state_ratio"] = here[0] / there[0] if there and here else None
         yield row
 
 

@@ -4,19 +4,21 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adafisher_jax import diagnostics
 from benchmarks.measure import nbytes
+from benchmarks.study import controls
 from benchmarks.study.problems import PROBLEMS, in_order
-from examples.training import divergence, optimizers
+from examples.training import divergence
 
 WARM_UP = 0.05  # share of the steps, after which the rate falls along a cosine
-POINTS = 50  # of a curve
+POINTS = 25  # of a curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def _programs(problem, optimizer, steps, batch, options, folder):
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, int(WARM_UP * steps), steps)
 
     def at(rate):
-        return optimizers.make(optimizer, lambda step: rate * shape(step), task, **dict(options))
+        return controls.make(optimizer, lambda step: rate * shape(step), task, **dict(options))
 
     if optimizer == "kfac":  # compiles its own step, of which the rate is a constant
         at = functools.cache(at)
@@ -74,17 +76,20 @@ def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
     """How it came out: the way there, and losses at its end unless it diverged."""
     task, state, step, batches, key = begin(trial, folder)
     found = {"state_bytes": nbytes(state[2])}
-    watch, losses, seconds = divergence.Watch(), [], []
+    watch, losses, shares = divergence.Watch(), [], []
+    share, every = _above_damping(trial, task), math.ceil(trial.steps / POINTS)
     for number in range(trial.steps):
-        began = time.perf_counter()
         *state, loss, _ = step(trial.rate, *state, next(batches), jax.random.fold_in(key, number))
         losses.append(float(loss))
-        seconds.append(time.perf_counter() - began)
         watch.see(number, losses[-1])
         if watch.verdict:
             break
-    found |= {"diverged": watch.verdict, "ms": 1e3 * float(np.median(seconds))}
-    found["curve"] = _means(losses, math.ceil(trial.steps / POINTS))
+        if share and (number + 1) % every == 0:
+            shares.append([number + 1, round(float(share(state[2])), 5)])
+    found["diverged"] = watch.verdict
+    found["curve"] = _means(losses, every)
+    if shares:
+        found["above_damping"] = shares
     if not watch.verdict:
         evaluate, (params, model_state, _) = jax.jit(task.evaluate), state
         train = in_order(_data(trial.problem, folder).train)
@@ -96,9 +101,27 @@ def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _above_damping(trial, task):
+    """Of an optimizer's state, the share of entries whose Fisher term exceeds the damping."""
+    method, _, rule = trial.optimizer.partition(":")
+    if method != "adafisher":
+        return None
+    damping, layers = dict(trial.options).get("damping"), task.layout.layers
+    sizes = np.array([layer.leaves[0].size for layer in layers])
+
+    @jax.jit
+    def share(opt_state):
+        found = diagnostics.report(opt_state, task.layout, rule=rule, damping=damping)
+        return (
+            jnp.stack([found[layer.path].above_damping for layer in layers]) @ sizes / sizes.sum()
+        )
+
+    return share
+
+
 def _means(losses, every):
     """`[step, mean of the losses up to it]`, for each so many."""
     return [
-        [stop, float(np.mean(losses[stop - every : stop]))]
+        [stop, float(f"{np.mean(losses[stop - every : stop]):.5g}")]
         for stop in range(every, len(losses) + 1, every)
     ]

@@ -1,0 +1,101 @@
+"""AdaFisher with one thing taken away or spoiled, to see what it earns.
+
+`centered-…`: without the input or the output factor, or either (`no-factors`); without centering;
+without the cut of the leading singular values (`no-cut`). Any rule: with factors that are constant,
+or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo.
+"""
+
+import functools
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+
+import adafisher_jax as af
+from adafisher_jax import spectrum
+from examples.training import optimizers
+from examples.training.steps import Optimizer, of_factors, of_transformation
+
+
+def no_inputs(factor):
+    """The variance of each input is one."""
+    return factor._replace(h=1 + jnp.square(factor.mean))
+
+
+def no_outputs(factor):
+    return factor._replace(s=jnp.ones_like(factor.s))
+
+
+def no_factors(factor):
+    return no_inputs(no_outputs(factor))
+
+
+def no_centering(factor):
+    return factor._replace(mean=jnp.zeros_like(factor.mean))
+
+
+def constant(factor):
+    return no_factors(no_centering(factor))
+
+
+def shuffled(factor):
+    """The same numbers elsewhere, in every step alike."""
+    variance = factor.h - jnp.square(factor.mean)
+    return factor._replace(h=_permuted(variance) + jnp.square(factor.mean), s=_permuted(factor.s))
+
+
+def _permuted(values):
+    order = np.random.default_rng(0).permutation(values.size)
+    return values.ravel()[order].reshape(values.shape)
+
+
+def edited(task, rate, weight_decay, rule, edit, **options):
+    """AdaFisher whose captured factors are edited, but for those of normalization layers."""
+    tx = af.adafisherw(rate, task.layout, rule=rule, weight_decay=weight_decay, **options)
+    kinds = {layer.path: layer.kind for layer in task.layout.layers}
+    find = of_factors(task, refresh_every=1)
+
+    def find_edited(*args):
+        value, grads, extra = find(*args)
+        factors = {
+            path: factor if kinds[path] == "norm" else edit(factor)
+            for path, factor in extra["factors"].items()
+        }
+        return value, grads, {"factors": factors}
+
+    return of_transformation(tx, find_edited)
+
+
+def no_cut(task, rate, weight_decay, **options):
+    """Where no directions are kept there is nothing to cut."""
+    whole = optimizers.make("adafisher:centered", rate, task, weight_decay, **options)
+    without = mock.patch.object(spectrum, "DIRECTIONS", 0)
+    return Optimizer(*map(without, whole))
+
+
+EDITS = {
+    "centered-no-inputs": ("centered", no_inputs),
+    "centered-no-outputs": ("centered", no_outputs),
+    "centered-no-factors": ("centered", no_factors),
+    "centered-no-centering": ("centered", no_centering),
+    "centered-constant": ("centered", constant),
+    "centered-shuffled": ("centered", shuffled),
+    "paper-constant": ("paper", constant),
+    "paper-shuffled": ("paper", shuffled),
+    "official-constant": ("official", constant),
+    "official-shuffled": ("official", shuffled),
+}
+NAMES = {
+    "centered-no-cut": no_cut,
+    **{
+        name: functools.partial(edited, rule=rule, edit=edit)
+        for name, (rule, edit) in EDITS.items()
+    },
+}
+
+
+def make(name, rate, task, weight_decay=0.0, **options):
+    """The control of that name, or else the optimizer."""
+    if name in NAMES:
+        return NAMES[name](task, rate, weight_decay, **options)
+    return optimizers.make(name, rate, task, weight_decay, **options)

@@ -30,6 +30,10 @@ SUITES = {
     "communication": "bytes that eight devices exchange (CPU, not in `all`)",
 }
 ALL = [name for name in SUITES if name != "communication"]  # it sets up JAX in its own way
+EPILOG = (
+    'In tables, "to reach" is the largest ratio this project aims at, "at least" the smallest; '
+    "quartiles are those of the ratio over rounds."
+)
 RESULTS = pathlib.Path(__file__).with_name("results")
 
 
@@ -47,7 +51,7 @@ def main():
     )
     commands = parser.add_subparsers(dest="suite", required=True, metavar="suite")
     for name, text in {**SUITES, "all": ", ".join(ALL)}.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, epilog=EPILOG)
         command.add_argument("--only", default="", help="rows whose name contains this")
         command.add_argument("--rounds", type=int, help="default 20; with --quick 3")
         command.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
@@ -62,12 +66,13 @@ def main():
     quick = arguments.quick
     options = Options(arguments.rounds or (3 if quick else 20), quick)
     out = arguments.out or (RESULTS / "quick" if quick else RESULTS)
-    for name in ALL if arguments.suite == "all" else [arguments.suite]:
-        measure(name, arguments.only, options, out)
+    suites = ALL if arguments.suite == "all" else [arguments.suite]
+    if not sum(measure(name, arguments.only, options, out) for name in suites):
+        sys.exit("nothing was measured")
 
 
 def measure(name, only, options, out):
-    """Runs a suite's wanted rows, stores and prints them."""
+    """Runs a suite's wanted rows, stores and prints them; returns how many they are."""
     suite = importlib.import_module(f"benchmarks.{name}")
     cases = suite.cases(options)
     order = [f"{case}, {label}" for case, labels in cases.items() for label in labels]
@@ -78,7 +83,7 @@ def measure(name, only, options, out):
     total = sum(map(len, wanted.values()))
     if not total:
         print(f"{name}: no row's name contains {only!r}: {'; '.join(order)}")
-        return
+        return 0
     under = report.circumstances(getattr(suite, "PACKAGES", []), options.quick)
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     path = out / f"{name}.json"
@@ -96,11 +101,12 @@ def measure(name, only, options, out):
                 row = {"name": f"{case}, {label}", "case": case, "label": label, **found}
                 rows[row["name"]] = row | {"date": report.now()}
                 new.append(row)
+                found = [rows[row] for row in order if row in rows]
+                report.store(path, found, under, command)  # at once, should a later one fail
                 progress.update()
-            found = [rows[row] for row in order if row in rows]
-            report.store(path, found, under, command)  # after each case, should a later one fail
             report.draw(path.with_suffix(".png"), suite.plot, found, under["machine"])
     print(report.table(suite.COLUMNS, new))
+    return total
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def stored(path, under):
     content = json.loads(path.read_text())
     if changed := [key for key in under if content[key] != under[key]]:
         raise ValueError(
-            f"{path} holds rows of another {', '.join(changed)}: give another --out, "
-            "or leave out --only"
+            f"{path} holds rows of another {', '.join(changed)}: give another folder as --out"
         )
     return content["rows"]
 

@@ -34,6 +34,7 @@ def test_a_suite_stores_its_rows_and_keeps_those_not_run_again(tmp_path):
 
 def test_a_row_that_is_not_there_is_told(tmp_path):
     done = run("capture", "--quick", "--only", "no such row", "--out", str(tmp_path))
+    assert done.returncode == 1
     assert "no row's name contains 'no such row'" in done.stdout
     assert not list(tmp_path.iterdir())
 

@@ -14,6 +14,7 @@ from benchmarks.study.results import Results
 from examples.training import optimizers
 
 OUT = pathlib.Path(__file__).parents[1] / "results" / "study"
+NAMES = [*optimizers.NAMES, *controls.NAMES]
 DEFAULT = ["sgd", "adamw", "adamw:0.99", "nadamw", "adafactor", "muon", "adafisher:centered"]
 
 
@@ -88,15 +89,20 @@ def _costs(arguments, problem, batch):
 
 
 def _tell(arguments, tuned, finals, results):
-    rows = list(tables.rows(finals, results))
+    """Stores and draws what was found, beside what is stored of other problems and optimizers."""
+    path = arguments.out / "table.json"
+    new = list(tables.rows(tuned, finals, results))
     under = report.circumstances(["kfac-jax", "psgd-jax", "optax-shampoo"], quick=False)
+    rows = {row["name"]: row for row in [*report.stored(path, under), *new]}
+    rows = sorted(rows.values(), key=_place)
     content = under | {"date": report.now(), "rows": rows}
-    (arguments.out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
-    drawings = {
-        "curves": functools.partial(figures.curves, by=finals, results=results),
-        "rates": functools.partial(figures.robustness, by=tuned, results=results),
-    }
-    for name, draw in drawings.items():
-        path = arguments.out / f"{name}.png"
-        report.draw(path, lambda figure, _, draw=draw: draw(figure), rows, under["machine"])
+    path.write_text(json.dumps(content) + "\n")
+    for name, draw in {"curves": figures.curves, "rates": figures.robustness}.items():
+        report.draw(arguments.out / f"{name}.png", draw, rows, under["machine"])
     print(tables.text(rows))
+
+
+def _place(row):
+    """Problems and optimizers in the order of their lists, whenever they were run."""
+    problem = row["problem"].partition(",")[0]
+    return [*PROBLEMS].index(problem), row["batch"], NAMES.index(row["optimizer"])

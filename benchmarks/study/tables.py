@@ -1,68 +1,85 @@
-"""What a study found, as tables."""
+"""What a study found, as rows: one for each problem and optimizer."""
 
-import dataclasses
 import math
 
 import numpy as np
 
 COLUMNS = "best_rate train_loss held_out_loss held_out_accuracy state_ratio seeds".split()
+BASELINE = "adamw"  # for the state's size
 
 
-def summary(records):
-    """Mean and standard error of a quantity over seeds."""
+def rows(tuned, finals, results):
+    """A row for each (problem, optimizer); `tuned`, `finals`: these → their trials.
 
-    def of(key):
-        values = np.array([record[key] for record in records if key in record])
-        if not len(values):
-            return None
-        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return [float(values.mean()), float(error)]
-
-    return of
-
-
-def rows(finals, results, baseline="adamw"):
-    """A row for each problem and optimizer; `finals`: (problem, optimizer) → its trials."""
+    A quantity of the final trials is `[mean, standard error]`. `tuning` holds `[rate, training
+    loss]`, the best over other settings, and `curve` `[step, training loss]`, the mean over seeds.
+    """
     for (problem, optimizer), trials in finals.items():
         records = [results[trial] for trial in trials]
-        of = summary(records)
-        reference = finals.get((problem, baseline), [])
-        compared = summary([results[trial] for trial in reference])
+        first = trials[0]
         row = {
             "name": f"{problem}, {optimizer}",
             "problem": problem,
             "optimizer": optimizer,
-            "best_rate": trials[0].rate,
-            "options": dict(trials[0].options),
+            "steps": first.steps,
+            "batch": first.batch,
+            "best_rate": first.rate,
+            "options": dict(first.options),
             "seeds": len(trials),
             "diverged": sum(bool(record["diverged"]) for record in records),
-            "trials": [dataclasses.asdict(trial) for trial in trials],
+            "state_bytes": records[0]["state_bytes"],
+            "tuning": _tuning(tuned[problem, optimizer], results),
+            "curve": _mean([record["curve"] for record in records]),
         }
         for key in ("train_loss", "held_out_loss", "held_out_accuracy"):
-            row[key] = of(key)
+            row[key] = _summary([record[key] for record in records if key in record])
         if shares := [record["above_damping"] for record in records if "above_damping" in record]:
-            row["above_damping"] = np.mean(shares, 0)[:, 1].round(4).tolist()
-        there, here = compared("state_bytes"), of("state_bytes")
-        row["state_ratio"] = here[0] / there[0] if there and here else None
+            row["above_damping"] = _mean(shares)
         yield row
+
+
+def _tuning(trials, results):
+    best = {}
+    for trial in trials:
+        loss = results[trial].get("train_loss", math.inf)
+        best[trial.rate] = min(best.get(trial.rate, math.inf), loss)
+    return [[rate, loss if math.isfinite(loss) else None] for rate, loss in sorted(best.items())]
+
+
+def _mean(curves):
+    """Of curves [step, value], as far as all of them go."""
+    shortest = min(map(len, curves))
+    mean = np.mean([curve[:shortest] for curve in curves], 0)
+    return [[int(step), float(f"{value:.5g}")] for step, value in mean]
+
+
+def _summary(values):
+    if not values:
+        return None
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+    return [float(np.mean(values)), error and float(error)]
 
 
 def text(found):
     """The rows as a person reads them."""
+    states = {row["problem"]: row["state_bytes"] for row in found if row["optimizer"] == BASELINE}
     lines = [["problem", "optimizer", *(column.replace("_", " ") for column in COLUMNS)]]
     for row in found:
-        lines.append([row["problem"], row["optimizer"], *(_cell(row[key]) for key in COLUMNS)])
+        baseline = states.get(row["problem"])
+        row = row | {"state_ratio": row["state_bytes"] / baseline if baseline else None}
+        lines.append([row["problem"], row["optimizer"], *(cell(row[key]) for key in COLUMNS)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
+        "  ".join(part.ljust(w) if i < 2 else part.rjust(w) for i, (part, w) in enumerate(pairs))
         for pairs in (list(zip(line, widths, strict=True)) for line in lines)
     )
 
 
-def _cell(value):
+def cell(value):
+    """A number, or `mean ± standard error`."""
     if value is None:
         return "-"
     if isinstance(value, list):
         mean, error = value
-        return f"{mean:.4g}" + ("" if math.isnan(error) else f" ± {error:.1g}")
+        return f"{mean:.4g}" + (f" ± {error:.1g}" if error else "")
     return f"{value:.3g}"

@@ -5,8 +5,11 @@
 - `diagonal_energy`, `gershgorin`, `add_noise`, `eigenvalues`, `kaiser`, `fourier`,
   `signal_to_noise`: how diagonal such a factor is.
 - `compare_steps`: steps of the approximations beside those of the exact empirical Fisher.
+- `landscape`: the loss on the plane along which several optimizers moved.
+- `pictures`: all of these, drawn with matplotlib.
 """
 
+from adafisher_jax.diagnostics import landscape, pictures
 from adafisher_jax.diagnostics.approximation import Comparison, Deviation, compare_steps
 from adafisher_jax.diagnostics.concentration import (
     Discs,
@@ -35,6 +38,8 @@ __all__ = [
     "full_factors",
     "gershgorin",
     "kaiser",
+    "landscape",
+    "pictures",
     "pool",
     "report",
     "scalars",

@@ -21,7 +21,8 @@ class ScaleByAdaFisherState(NamedTuple):
       factors: running averages of each layer's `Factor`, by layer path. Those of a rule that
         starts at zero are to be divided by the layer's slot.
       slots: the bias slot of each layer's `h`, by layer path; it counts the refreshes.
-      scales: a mean square for each parameter, by its path, where the rule keeps one.
+      scales: a mean square for each parameter, by its path, and its steps' leading directions,
+        where the rule keeps any.
       skipped: how many refreshes of each layer were skipped, by layer path, because statistics
         were not finite; of stacked layers, those in which any one was.
       ages: how many steps ago the averages of each layer last changed, by layer path; of stacked
@@ -56,7 +57,8 @@ def scale_by_adafisher(
     (Algorithm 1, arXiv:2405.16397): see `adafisher_jax.rules`. `update` takes the factors of
     `adafisher_jax.value_and_grad` as a keyword; without them it keeps the averages it has.
     Where there are none yet, and for parameters outside the layout, `F` is the identity
-    (`"paper"`, `"official"`) or the root mean square of the gradient (`"centered"`).
+    (`"paper"`, `"official"`) or a running root mean square of the steps or, for vectors, of the
+    gradient (`"centered"`).
 
     A gradient's entry that is not finite, or would not be in the momentum's type, leaves its
     momentum as it was. Statistics that are not finite leave their layer's averages as they were

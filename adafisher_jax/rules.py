@@ -98,7 +98,7 @@ class Rule:
         (h, s, _, _), slot, *_ = curvature
         return h, slot, s
 
-    def damped(self, h: jax.Array, s: jax.Array) -> jax.Array:
+    def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
         """The Fisher term with the damping in it."""
         return h * s + self.damping
 
@@ -246,7 +246,8 @@ class Centered(Rule):
     .. math::
 
         \hat H &= r(E[h^2] - \mu^2), \qquad \hat S = r(S), \qquad
-        D = (\hat n_w - \mu \hat n_b^T) / \big((\hat H + \tau) \otimes (\hat S + \tau)\big)^{1/2} \\
+        D = (\hat n_w - \mu \hat n_b^T)
+            / \left((\hat H + \tau) \otimes (\hat S + \tau)\right)^{1/2} \\
         d_w &= 0.2\, (D - E) / \mathrm{rms}(D - E), \qquad
         d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
 
@@ -281,15 +282,15 @@ class Centered(Rule):
         (h, s, _, mean), slot, *_ = curvature
         weight = jnp.where(self.refreshed(curvature), slot, 1)
         if layer.kind == "norm":
-            h = jnp.full_like(h, 1 - self.damping)  # which is one when damped
+            h = jnp.ones_like(h)
         elif centers:
             h = _relative(layer, jnp.maximum(h / weight - jnp.square(mean / weight), 0))
         else:
             h = _relative(layer, h / weight)
         return h, slot, _relative(layer, s / weight)
 
-    def damped(self, h: jax.Array, s: jax.Array) -> jax.Array:
-        return (h + self.damping) * (s + self.damping)
+    def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
+        return (s + self.damping) * (h if layer.kind == "norm" else h + self.damping)
 
     def direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair

@@ -345,7 +345,7 @@ class Normalization:
 
     .. math:: v_k = \frac{1}{n^2} \sum x, \quad
               h = \Big(\frac{1}{B^2} \sum_k v_k^2,\ \frac{K}{B^2}\Big), \quad
-              s_c = \frac{1}{B} \Big(\sum g_c\Big)^2
+              s_c = \frac{1}{B} \left(\sum g_c\right)^2
 
     A batch norm keeps the channels, a layer norm keeps axis 1, as released. Unlike the other
     statistics these are no sums over rows; they are weighted by the row count, so that

@@ -19,6 +19,7 @@ def names(path):
     return [row["name"] for row in json.loads(path.read_text())["rows"]]
 
 
+@pytest.mark.slow
 def test_a_suite_stores_its_rows_and_keeps_those_not_run_again(tmp_path):
     for rule in ("paper", "official"):
         label = f"wide_mlp, adafisher:{rule}"

@@ -131,7 +131,9 @@ def test_a_step_stays_on_the_device():
     assert re.search(r" (dot|fusion)\(", text)  # the pattern is how operations are written
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", ["paper", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])]
+)
 def test_one_program_with_a_schedule_equals_leaving_factors_out(rule):
     x = jax.random.normal(jax.random.key(0), (8, 20))
     loss_fn, params, layout = problem(Net(), x)

@@ -62,6 +62,7 @@ def test_on_two_processes_of_four_devices():
     assert all("equal 3" in text for text in printed)
 
 
+@pytest.mark.slow
 def test_factors_add_less_than_a_hundredth_to_the_gradients_bytes(tmp_path):
     table = tmp_path / "communication.json"
     options = ("--layers", 1, "--widths", 256, "--json", table)

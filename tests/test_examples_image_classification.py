@@ -78,7 +78,14 @@ def test_a_name_that_no_model_has_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "mobilenetv3-small", "swin-tiny", "cct-2-3x2"]
+    "name",
+    [
+        "cct-2-3x2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("resnet18", "resnet50", "mobilenetv3-small", "swin-tiny")
+        ),
+    ],
 )
 def test_a_fisher_block_covers_every_parameter(name, data):
     side = 32

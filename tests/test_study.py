@@ -30,6 +30,7 @@ def study(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_each_optimizer_is_tuned_and_its_best_rate_run_on_all_seeds(study, tmp_path, capsys):
     found = study("--optimizers", "sgd", "adafisher:centered", "--rates", "1e-5", "1e-2")
     assert [row["optimizer"] for row in found] == ["sgd", "adafisher:centered"]

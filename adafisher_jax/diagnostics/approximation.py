@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.diagnostics.full_factors import FullFactor, full_factors
+from adafisher_jax.capture import check_layout
+from adafisher_jax.diagnostics.full_factors import FullFactor, choose, full_factors
 from adafisher_jax.diagnostics.pure import pure
 from adafisher_jax.layout import Layer, Layout, path_of
 
@@ -71,12 +72,13 @@ def compare_steps(
       damping: relative, as above.
 
     Returns:
-      A function of the loss's arguments that returns a `Comparison` for each path. Its arrays
-      have the examples on their first axis. Of stacked layers the numbers are arrays.
+      A function of the loss's arguments that returns a `Comparison` for each path. Jit it. The
+      arguments' arrays have the examples on their first axis. Of stacked layers the numbers are
+      arrays.
 
     Raises:
-      ValueError: for unknown paths; from the returned function, if the arrays disagree in their
-        first axis.
+      TypeError, ValueError: those of `full_factors`; from the returned function, ValueError if the
+        arrays disagree in their first axis.
 
     Example:
       With cotangents that are all alike the Kronecker curvature is exact:
@@ -90,19 +92,16 @@ def compare_steps(
       >>> bool(found.kronecker.angle < 0.1), bool(found.diagonal.angle > 1)
       (True, True)
     """
+    check_layout(layout)
     if paths is None:
-        paths = [
-            layer.path
-            for layer in layout.layers
-            if layer.ins and layer.outs and _size(layer) <= LARGEST
-        ]
-    chosen = [layer for layer in layout.layers if layer.path in (paths := set(paths))]
-    factors_fn = full_factors(loss_fn, layout, paths)
+        paths = [x.path for x in layout.layers if x.ins and x.outs and _size(x) <= LARGEST]
+    chosen = choose(layout, paths)
+    factors_fn = full_factors(loss_fn, layout, [layer.path for layer in chosen])
 
     def compare(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, Comparison]:
-        factors = factors_fn(first, *args, **kwargs)
         loss, params = pure(loss_fn, first)
         each = _gradients(loss, params, args, kwargs)
+        factors = factors_fn(first, *args, **kwargs)
         return {layer.path: _compare(layer, factors[layer.path], each, damping) for layer in chosen}
 
     return compare
@@ -120,8 +119,9 @@ def _gradients(loss: Any, params: Any, args: Any, kwargs: Any) -> dict[str, jax.
     arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
     counts = {np.shape(leaves[i])[:1] for i in arrays}
     if len(counts) != 1 or counts == {()}:
-        shapes = ", ".join(str(np.shape(leaves[i])) for i in arrays) or "nothing"
-        raise ValueError(f"args: got arrays of shapes {shapes}, wanted the examples on axis 0")
+        shapes = ", ".join(str(np.shape(leaves[i])) for i in arrays)
+        got = f"arrays of shapes {shapes}" if arrays else "no array"
+        raise ValueError(f"args: got {got}, wanted the examples on axis 0")
 
     def gradient(*one: jax.Array) -> Any:
         whole = list(leaves)
@@ -139,20 +139,18 @@ def _compare(
 ) -> Comparison:
     blocks = factor.h.shape[:-2]
     h, s = (part.reshape(-1, *part.shape[-2:]) for part in factor[:2])
-    rows = jnp.broadcast_to(factor.rows.reshape(layer.stack_shape), layer.slot_shape).reshape(-1)
     gradients = jax.vmap(lambda one: _vectors(layer, one), out_axes=1)(each)
+    rows = factor.rows.reshape(-1)
     found = jax.vmap(_compare_block, (0, 0, 0, 0, None))(h, s, rows, gradients, damping)
     return jax.tree.map(lambda value: value.reshape(blocks), found)
 
 
 def _vectors(layer: Layer, leaves: dict[str, jax.Array]) -> jax.Array:
     """A layer's arrays as vectors, (blocks, n), in the order of its inputs, the bias last."""
-    parts = []
-    if layer.weight is not None:
-        parts.append(layer.to_matrices(leaves[layer.weight.path]))
+    whole = layer.to_matrices(leaves[layer.leaves[0].path])
     if layer.bias is not None:
-        parts.append(layer.to_matrices(layer.from_bias(leaves[layer.bias.path])))
-    whole = jnp.concatenate(parts, 1)
+        bias = layer.to_matrices(layer.from_bias(leaves[layer.bias.path]))
+        whole = jnp.concatenate([whole, bias], 1)
     return whole.reshape(len(whole), -1)
 
 
@@ -181,8 +179,7 @@ def _compare_block(
 
 
 def _deviation(step: jax.Array, exact: jax.Array) -> Deviation:
-    norms = jnp.linalg.norm(step) * jnp.linalg.norm(exact)
-    cosine = jnp.clip(jnp.vdot(step, exact) / norms, -1, 1)
-    return Deviation(
-        jnp.degrees(jnp.arccos(cosine)), jnp.linalg.norm(step - exact) / jnp.linalg.norm(exact)
-    )
+    length = jnp.linalg.norm(exact)
+    one, other = step / jnp.linalg.norm(step), exact / length
+    half = jnp.arctan2(jnp.linalg.norm(one - other), jnp.linalg.norm(one + other))
+    return Deviation(jnp.degrees(2 * half), jnp.linalg.norm(step - exact) / length)

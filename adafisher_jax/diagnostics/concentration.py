@@ -41,7 +41,7 @@ class Discs(NamedTuple):
     @property
     def bounds(self) -> tuple[jax.Array, jax.Array]:
         """Between which all eigenvalues lie."""
-        return jnp.min(self.centers - self.radii), jnp.max(self.centers + self.radii)
+        return jnp.min(self.centers - self.radii, -1), jnp.max(self.centers + self.radii, -1)
 
 
 def gershgorin(matrix: jax.Array) -> Discs:
@@ -56,7 +56,7 @@ def gershgorin(matrix: jax.Array) -> Discs:
       [1.0, 5.0]
     """
     centers = jnp.diagonal(matrix)
-    return Discs(centers, jnp.sum(jnp.abs(matrix), 1) - jnp.abs(centers))
+    return Discs(centers, jnp.sum(jnp.abs(matrix - jnp.diag(centers)), 1))
 
 
 def add_noise(matrix: jax.Array, scale: jax.typing.ArrayLike, key: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def kaiser(values: jax.Array) -> jax.Array:
 def fourier(matrix: jax.Array) -> jax.Array:
     r"""The magnitudes of the 2-D discrete Fourier transform, zero frequency in the middle, (n, n).
 
-    .. math:: |\mathcal F_{uv}| = \Big|\sum_{ij} M_{ij}\, e^{-2 \pi i\,(u i + v j)/n}\Big|
+    .. math:: |\mathcal F_{uv}| = \Big|\sum_{jk} M_{jk}\, e^{-2 \pi i\,(u j + v k)/n}\Big|
 
     A diagonal matrix has them constant along the lines :math:`u + v` = const, so that a line
     across the middle shows a diagonal.

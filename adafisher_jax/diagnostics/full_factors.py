@@ -1,6 +1,7 @@
 r"""The whole Kronecker factors of a layer, of which the optimizer keeps the diagonals."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ class FullFactor(NamedTuple):
         flattened in the weight's order; one longer, with the 1 as the last input, where there is
         a bias. Blocks are the layers stacked in one array, if they are.
       s: mean over rows of the output cotangents' products, (\*blocks, d_out, d_out).
-      rows: the number of rows averaged, for each stacked layer.
+      rows: the number of rows averaged, (\*blocks); 0, with zero factors, where a layer took no
+        part.
     """
 
     h: jax.Array
@@ -52,9 +54,9 @@ def full_factors(
       A function of the loss's arguments that returns a `FullFactor` for each path. Jit it.
 
     Raises:
-      TypeError: for a layout that is none.
+      TypeError: for a layout that is none, or a string in place of paths.
       ValueError: for a path that is no layer's, or one without inputs or outputs to multiply
-        (a normalization layer).
+        (a normalization layer); as `adafisher_jax.value_and_grad` does.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -66,7 +68,7 @@ def full_factors(
       [[5.0, 1.0, 2.0], [1.0, 2.0, 1.0], [2.0, 1.0, 1.0]]
     """
     check_layout(layout)
-    chosen = Layout(_choose(layout, paths))
+    chosen = Layout(choose(layout, paths))
 
     def factors_fn(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, FullFactor]:
         loss, params = pure(loss_fn, first)
@@ -78,6 +80,9 @@ def full_factors(
 
 def pool(batches: Iterable[Mapping[str, FullFactor]]) -> dict[str, FullFactor]:
     """The factors of several batches together: means over the rows of all.
+
+    The batches are to be of one size where the loss is a mean: its cotangents are smaller in a
+    larger batch. They are taken one at a time, so that they may come from a generator.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,22 +97,24 @@ def pool(batches: Iterable[Mapping[str, FullFactor]]) -> dict[str, FullFactor]:
         share = one.rows / jnp.maximum(rows, 1)
 
         def move(old: jax.Array, new: jax.Array) -> jax.Array:
-            weight = share.reshape(*share.shape, *(1,) * (old.ndim - share.ndim))
-            return old + weight * (new - old)
+            return old + share[..., None, None] * (new - old)
 
         return FullFactor(move(total.h, one.h), move(total.s, one.s), rows)
 
-    first, *others = batches
-    total = dict(first)
-    for one in others:
-        total = {path: add(factor, one[path]) for path, factor in total.items()}
-    return total
+    return functools.reduce(
+        lambda total, one: {path: add(factor, one[path]) for path, factor in total.items()},
+        map(dict, batches),
+    )
 
 
-def _choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
+def choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
+    """The layers at these paths; None for all with two factors."""
     layers = {layer.path: layer for layer in layout.layers}
     if paths is None:
         return tuple(layer for layer in layout.layers if layer.ins and layer.outs)
+    if isinstance(paths, str):
+        raise TypeError(f"paths: got the string {paths!r}, wanted several of them")
+    paths = sorted(set(paths))
     for path in paths:
         if path not in layers:
             raise ValueError(f"paths: got {path!r}, wanted some of {', '.join(map(repr, layers))}")
@@ -115,7 +122,7 @@ def _choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
             raise ValueError(
                 f"paths: {path!r} is a {layers[path].kind} layer, which has no two factors"
             )
-    return tuple(layers[path] for path in sorted(set(paths)))
+    return tuple(layers[path] for path in paths)
 
 
 # In a tap a whole factor has the weight's rank, as the diagonals do, so that it goes where the
@@ -178,9 +185,11 @@ def _matrices(layer: Layer, factor: Factor) -> FullFactor:
 
     h = matrices(factor.h, layer.ins, layer.outs[0])
     s = matrices(factor.s, layer.outs, layer.ins[0])
+    blocks = h.shape[:-2]
+    rows = jnp.broadcast_to(factor.rows.reshape(layer.stack_shape), layer.slot_shape)
+    rows = rows.reshape(blocks)
     if layer.bias is not None:
-        mean = layer.to_matrices(factor.mean).reshape(*h.shape[:-1], 1)
-        took_part = jnp.broadcast_to((factor.rows > 0).reshape(layer.stack_shape), layer.slot_shape)
-        slot = took_part.astype(h.dtype).reshape(*h.shape[:-2], 1, 1)
+        mean = layer.to_matrices(factor.mean).reshape(*blocks, -1, 1)
+        slot = (rows > 0).astype(h.dtype)[..., None, None]
         h = jnp.block([[h, mean], [mean.mT, slot]])
-    return FullFactor(h, s, factor.rows)
+    return FullFactor(h, s, rows)

@@ -1,15 +1,18 @@
 r"""What the optimizer is doing to each layer, read from its state at any step."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from adafisher_jax.capture import check_layout
 from adafisher_jax.layout import Layer, Layout, path_of
 from adafisher_jax.optimizer import ScaleByAdaFisherState
-from adafisher_jax.rules import Curvature, Rule, make_rule
+from adafisher_jax.rules import Curvature, Rule, Scale, make_rule
 
 QUANTILES = (0.05, 0.5, 0.95)
 _POINTS = 32  # of each factor at most, from which quantiles are taken
@@ -18,19 +21,22 @@ _POINTS = 32  # of each factor at most, from which quantiles are taken
 class LayerReport(NamedTuple):
     r"""One layer's curvature and steps, as scalars; `F` is what divides its momentum.
 
-    They are of the layer's weight (of its bias, where it has none), over all its entries.
+    They are of the layer's weight (of its shift, where a normalization layer has no scale), over
+    all its entries.
 
     Attributes:
       above_damping: the share of entries whose Fisher term is larger than what damping adds to it:
         :math:`\tilde H \tilde S > \lambda` under `"paper"` and `"official"`, and
-        :math:`\hat H \hat S > \tau (\hat H + \hat S + \tau)` under `"centered"`. 0 before the
-        first refresh.
+        :math:`\hat H \hat S > \tau (\hat H + \hat S + \tau)` under `"centered"` (of a
+        normalization layer :math:`\hat S > \tau`). 0 before the first refresh.
       rate_low: the 5 % quantile of the effective learning rate, by which an entry of the
-        momentum is multiplied: :math:`\alpha / F`, in `"centered"` with its scalar.
+        momentum is multiplied: :math:`\alpha / F`, in `"centered"` with its scalar, of the
+        centered momentum before its leading singular values are cut.
       rate_median: the 50 % quantile.
       rate_high: the 95 % quantile.
       condition: of the averages, :math:`\max(h \otimes s) / \min(h \otimes s)`; infinite where one
-        is 0, the largest of stacked layers.
+        is 0, the largest of stacked layers. Under `"official"` it grows with the refreshes, as the
+        averages do not keep their weight.
       relative_step: the root mean square of the update over that of the weight; None unless
         both were given.
       age: how many steps ago the averages last changed.
@@ -57,11 +63,11 @@ def report(
     params: Any = None,
     updates: Any = None,
 ) -> dict[str, LayerReport]:
-    """A `LayerReport` for each layer, from the optimizer's state; works inside `jax.jit`.
+    """A `LayerReport` for each layer whose weight the optimizer steps; works inside `jax.jit`.
 
-    The costs are a pass over each weight's entries that stores nothing, and sorts of at most
-    1,024 numbers for each stacked layer. Of layers wider than 32 the quantiles are those of 32
-    evenly spaced order statistics of each factor.
+    The costs are a pass over each weight's entries that stores nothing, a sort of each factor, and
+    one of at most 1,024 numbers for each stacked layer. Of layers wider than 32 the quantiles are
+    those of 32 evenly spaced order statistics of each factor.
 
     Args:
       opt_state: of any transformation or `nnx.Optimizer` with AdaFisher in it.
@@ -76,8 +82,10 @@ def report(
       A pytree of scalars, by layer path.
 
     Raises:
-      ValueError: if the state has no AdaFisher in it, none of the layout's layers, or for an
-        unknown rule.
+      TypeError: for a layout that is none.
+      ValueError: if the state has no AdaFisher in it or none of the layout's layers, and for an
+        unknown rule or another one than the state's (`"paper"` and `"official"` have like states),
+        or parameters of other paths or shapes than the layout's.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -92,17 +100,33 @@ def report(
       >>> found.condition.item(), found.age.item(), found.skipped.item()
       (2.5, 0, 0)
     """
+    check_layout(layout)
     chosen = make_rule(rule, damping=damping)
-    weights, steps = (None if tree is None else _leaves(tree) for tree in (params, updates))
+    both = params is not None and updates is not None
+    weights, steps = (_leaves(tree) if both else {} for tree in (params, updates))
+    if both:
+        layout.check_params(weights)
+        layout.check_params(steps)
     found: dict[str, LayerReport] = {}
     for state in _states(opt_state):
+        momenta = _leaves(state.mu)
         for layer in layout.layers:
-            if layer.path in state.factors:
-                at = layer.leaves[0].path
-                ratio = None
-                if weights is not None and steps is not None:
-                    ratio = _rms(steps[at]) / _rms(weights[at])
-                found[layer.path] = _of_layer(chosen, layer, state, learning_rate, ratio)
+            path, at = layer.path, layer.leaves[0].path
+            if path not in state.factors or at not in momenta:  # another's, or masked
+                continue
+            _check_rule(chosen, layer, momenta[at], state.scales.get(at))
+            found[path] = _of_layer(
+                layer.nameless,
+                layer.bias is not None and layer.bias.path in momenta,
+                chosen,
+                Curvature(
+                    state.factors[path], state.slots[path], state.skipped[path], state.ages[path]
+                ),
+                state.scales.get(at),
+                learning_rate,
+                weights.get(at),
+                steps.get(at),
+            )
     if not found:
         raise ValueError("opt_state: got none with AdaFisher's factors of a layer of the layout")
     return dict(sorted(found.items()))
@@ -147,7 +171,10 @@ def table(found: Mapping[str, LayerReport]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value.item():.3g}"
+    if value is None:
+        return "-"
+    number = value.item()
+    return f"{number:.3g}" if isinstance(number, float) else str(number)
 
 
 def _states(opt_state: Any) -> list[ScaleByAdaFisherState]:
@@ -174,22 +201,26 @@ def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(wide)))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # so that like layers are traced once
 def _of_layer(
-    rule: Rule, layer: Layer, state: ScaleByAdaFisherState, learning_rate: Any, ratio: Any
+    layer: Layer,
+    steps_bias: bool,
+    rule: Rule,
+    curvature: Curvature,
+    scale: Scale | None,
+    learning_rate: Any,
+    weight: jax.Array | None,
+    step: jax.Array | None,
 ) -> LayerReport:
-    at = layer.path
-    curvature = Curvature(state.factors[at], state.slots[at], state.skipped[at], state.ages[at])
     refreshed = rule.refreshed(curvature)
-    centers = layer.weight is not None and layer.bias is not None and layer.kind != "norm"
-    h, _, s = rule.scaled(layer, curvature, centers)
-    if layer.kind == "norm":  # of the pair, the scale's
-        h = jnp.split(h, 2, layer.axes.index("out0"))[0 if layer.weight else 1]
-    above = refreshed & (2 * h * s > rule.damped(h, s))
+    h, _, s = rule.scaled(layer, curvature, layer.kind != "norm" and steps_bias)
+    h = _own(layer, h)
+    above = refreshed & (2 * h * s > rule.damped(layer, h, s))
 
-    size = learning_rate * rule.size(layer, state.scales.get(layer.leaves[0].path))
     points = _points(layer.to_matrices(h), 1), _points(layer.to_matrices(s), 2)
-    divisor = rule.damped(*points) ** rule.exponent
+    divisor = rule.damped(layer, *points) ** rule.exponent
     known = refreshed.reshape(-1, 1, 1)
+    size = learning_rate * rule.size(layer, scale)
     sizes = jnp.broadcast_to(size, layer.slot_shape).reshape(-1, 1, 1)
     rates = sizes / jnp.where(known, divisor, 1)
     low, median, high = jnp.quantile(rates, jnp.asarray(QUANTILES, rates.dtype))
@@ -198,11 +229,28 @@ def _of_layer(
         rate_low=low,
         rate_median=median,
         rate_high=high,
-        condition=_condition(layer, curvature),
-        relative_step=ratio,
+        condition=_condition(layer, _own(layer, curvature.factor.h), curvature.factor.s),
+        relative_step=None if weight is None or step is None else _rms(step) / _rms(weight),
         age=curvature.age,
         skipped=curvature.skipped,
     )
+
+
+def _check_rule(rule: Rule, layer: Layer, momentum: jax.Array, scale: Scale | None) -> None:
+    wanted = jax.eval_shape(lambda leaf: rule.start_scale(leaf, layer, layer.leaves[0]), momentum)
+    if (wanted is None) != (scale is None):
+        has, wants = ("none" if one is None else "one" for one in (scale, wanted))
+        raise ValueError(
+            f"rule: the state has {has} of the scales of {layer.leaves[0].path!r}, "
+            f"{type(rule).__name__.lower()!r} wants {wants}: it is of another rule"
+        )
+
+
+def _own(layer: Layer, h: jax.Array) -> jax.Array:
+    """`h`; of a normalization layer, the entry of its pair that the reported parameter has."""
+    if layer.kind != "norm":
+        return h
+    return jnp.split(h, 2, layer.axes.index("out0"))[0 if layer.weight else 1]
 
 
 def _points(values: jax.Array, axis: int) -> jax.Array:
@@ -210,13 +258,13 @@ def _points(values: jax.Array, axis: int) -> jax.Array:
     n = values.shape[axis]
     if n <= _POINTS:
         return values
-    places = jnp.floor((jnp.arange(_POINTS) + 0.5) * n / _POINTS).astype(jnp.int32)
+    places = (2 * np.arange(_POINTS) + 1) * n // (2 * _POINTS)
     return jnp.take(jnp.sort(values, axis), places, axis)
 
 
-def _condition(layer: Layer, curvature: Curvature) -> jax.Array:
+def _condition(layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
     def of(part: jax.Array) -> jax.Array:
         largest, smallest = (bound(layer.to_matrices(part), (1, 2)) for bound in (jnp.max, jnp.min))
         return jnp.where(smallest > 0, largest / jnp.where(smallest > 0, smallest, 1), jnp.inf)
 
-    return jnp.max(of(curvature.factor.h) * of(curvature.factor.s))
+    return jnp.max(of(h) * of(s))

@@ -7,7 +7,6 @@ are built, for the few layers someone wants to look at, in the array convention 
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -43,10 +42,15 @@ def _contracted(value: jax.Array, letters: str, weight: str) -> jax.Array:
 
 @of_inputs.register
 def _(statistic: Contraction, x: jax.Array) -> jax.Array:
-    letters = statistic.x
-    alone = [i for i, c in enumerate(letters) if c not in statistic.weight + statistic.y]
+    letters, weight, y = statistic.x, statistic.weight, statistic.y
+    if any(c not in letters + y for c in weight):
+        raise ValueError(
+            f"the einsum {letters},{weight}->{y} sums its weight over an axis without inputs: "
+            "its whole factors are not defined here, leave the layer out of `paths`"
+        )
+    alone = [i for i, c in enumerate(letters) if c not in weight + y]
     kept = "".join(c for i, c in enumerate(letters) if i not in alone)
-    return _contracted(jnp.sum(_wide(x), tuple(alone)), kept, statistic.weight)
+    return _contracted(jnp.sum(_wide(x), tuple(alone)), kept, weight)
 
 
 @of_cotangents.register
@@ -56,14 +60,13 @@ def _(statistic: Contraction, g: jax.Array) -> jax.Array:
 
 def _patches(x: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
     """(batch, *outputs, *sizes, channels): what each output position reads, zeros outside."""
-    *_, channels = x.shape
     rank = len(windows)
-    x = _wide(x).reshape(-1, *x.shape[-rank - 1 : -1], channels)
+    x = _wide(x).reshape(-1, *x.shape[-rank - 1 :])
     for axis, window in enumerate(windows):
         # Axes so far: the batch, (size, outputs) for each axis gathered, then what is left.
-        reads = window.reads()
-        x = jnp.take(x, np.maximum(reads, 0), axis=1 + 2 * axis)
-        inside = (reads >= 0).reshape(*reads.shape, *(1,) * (x.ndim - 2 * axis - 3))
+        reads, at = window.reads(), 1 + 2 * axis
+        x = jnp.take(x, np.maximum(reads, 0), axis=at)
+        inside = np.expand_dims(reads >= 0, [i for i in range(x.ndim) if i not in (at, at + 1)])
         x = jnp.where(inside, x, 0)
     outputs, sizes = range(2, 2 * rank + 1, 2), range(1, 2 * rank, 2)
     return x.transpose(0, *outputs, *sizes, 2 * rank + 1)
@@ -104,8 +107,9 @@ def _(statistic: LocalConvolution, g: jax.Array) -> jax.Array:
 
 @of_inputs.register
 def _(statistic: Lookup, x: jax.Array) -> jax.Array:
-    index = jnp.ravel(x) if statistic.size > 1 else jnp.zeros(math.prod(x.shape), jnp.int32)
-    return jax.nn.one_hot(index, statistic.size)[..., None]
+    index = jnp.ravel(x) if statistic.size > 1 else jnp.zeros(x.size, jnp.int32)
+    found = jnp.zeros((x.size, statistic.size), jnp.float32).at[np.arange(x.size), index].set(1)
+    return found[..., None]
 
 
 @of_cotangents.register

@@ -1,0 +1,79 @@
+"""Executes the notebooks of this folder, each in a fresh kernel.
+
+python -m examples.notebooks --out notebooks five_minutes choosing_a_rule
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+FOLDER = pathlib.Path(__file__).parent
+LIMIT = 120  # seconds for one notebook
+
+
+def sources() -> dict[str, pathlib.Path]:
+    """The notebooks' files, by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("[!_]*.py"))}
+
+
+def execute(source: pathlib.Path, limit: float = LIMIT) -> nbformat.NotebookNode:
+    """The notebook of a source, with what its cells put out.
+
+    Raises:
+      CellExecutionError: with the traceback of the first cell that fails.
+      CellTimeoutError: if the cells take longer than the limit, in seconds.
+    """
+    notebook = jupytext.read(source, fmt="py:percent")
+    end = time.monotonic() + limit
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # of the kernel's own messages
+        timeout_func=lambda _: max(1, int(end - time.monotonic())),
+    )
+    client.execute()
+    return notebook
+
+
+def complaints(notebook: nbformat.NotebookNode) -> str:
+    """What the cells wrote to stderr: warnings."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.get("name") == "stderr")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The number of notebooks that failed."""
+    found = sources()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(found)}")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for .ipynb files with outputs")
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.names) - found.keys():
+        parser.error(f"names: got {', '.join(unknown)}, wanted some of {', '.join(found)}")
+
+    failures = 0
+    for name in arguments.names or found:
+        start = time.perf_counter()
+        try:
+            notebook = execute(found[name])
+        except (CellExecutionError, CellTimeoutError) as error:
+            print(f"{name}: {error}", flush=True)
+            failures += 1
+            continue
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        print(complaints(notebook), end="", flush=True)
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            nbformat.write(notebook, arguments.out / f"{name}.ipynb")
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -166,8 +166,11 @@ def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
     ):
         reach = (k - 1) * dilation + 1
         match padding:
-            case "CIRCULAR":  # each kernel position reads each input position once
-                windows.append(Window(k, n, n, margin=(0, k - 1), mode="wrap"))
+            case "CIRCULAR":  # the dilated input is read around
+                margin = (0, -(-(reach - 1) // stride))
+                windows.append(
+                    Window(k, n, m, 1, 0, stride, dilation, margin, "wrap", module.transpose_kernel)
+                )
                 continue
             case "SAME":  # as jax.lax.conv_transpose pads
                 low = reach - 1 if stride > reach - 1 else -(-(reach + stride - 2) // 2)

@@ -391,8 +391,16 @@ _RULES: dict[str, tuple[type[Rule], float, float]] = {
     "centered": (Centered, 0.95, 0.01),
 }
 
+
+def _register(rule: type[Rule]) -> None:
+    """As a pytree: `register_dataclass` would let JAX take one rule for another."""
+    jax.tree_util.register_pytree_node(
+        rule, lambda one: ((one.ema, one.damping), None), lambda _, own: rule(*own)
+    )
+
+
 for _rule, _, _ in _RULES.values():
-    jax.tree_util.register_dataclass(_rule, data_fields=["ema", "damping"], meta_fields=[])
+    _register(_rule)
 
 
 def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:

@@ -160,15 +160,7 @@ def geometries():
     return {name: (layers[name], full[name], factors[name], calls[name]) for name in CASES}
 
 
-# A strided transposed convolution that wraps around is read as if it were not strided.
-MISREAD = {
-    "conv transpose: CIRCULAR", "conv transpose: CIRCULAR, even kernel, transposed kernel",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail if n in MISREAD else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_whole_factors_are_those_of_the_definition(name):
     layer, full, factor, call = geometries()[name]
     assert_whole(full, whole([call], layer.bias is not None))

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 import adafisher_jax as af
 from adafisher_jax import spectrum
 from adafisher_jax.factors import minmax
+from adafisher_jax.rules import make_rule
 from tests.hand_made import LAYERS, layout_of, make_layer, quick_jit, random_factors, random_tree
 
 RULES = ("paper", "official", "centered")
@@ -225,6 +226,13 @@ def test_a_case_worked_by_hand(rule, damping, weight, bias):
     updates, _ = quick_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
     np.testing.assert_allclose(updates["layer"]["weight"], weight, rtol=5e-6, atol=1e-6)
     np.testing.assert_allclose(updates["layer"]["bias"], bias, rtol=5e-6)
+
+
+def test_no_rule_is_taken_for_another():
+    """`jax.jit` tells its arguments apart by their structures."""
+    structures = [jax.tree.structure(make_rule(rule)) for rule in RULES]
+    for i, one in enumerate(structures):
+        assert [one == other for other in structures] == [i == j for j in range(len(RULES))]
 
 
 def test_a_case_of_centered_worked_by_hand():

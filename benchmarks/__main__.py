@@ -27,6 +27,7 @@ SUITES = {
     "peers": "train steps of other optimizers",
     "growth": "time, memory and statistics against sizes",
     "compile_time": "trace, lowering and compilation, against AdamW's",
+    "live_report": "train steps with diagnostics.report, against those without",
     "communication": "bytes that eight devices exchange (CPU, not in `all`)",
 }
 ALL = [name for name in SUITES if name != "communication"]  # it sets up JAX in its own way

@@ -40,7 +40,9 @@ def test_a_row_that_is_not_there_is_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suite", ["update", "capture", "train_step", "compile_time", "peers"])
+@pytest.mark.parametrize(
+    "suite", ["update", "capture", "train_step", "compile_time", "peers", "live_report"]
+)
 def test_the_page_about_speed_shows_what_was_stored(suite):
     page = (ROOT / "docs" / "speed.md").read_text()
     stored = json.loads((ROOT / "benchmarks" / "results" / f"{suite}.json").read_text())

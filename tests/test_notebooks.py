@@ -2,8 +2,11 @@
 
 import re
 
-import jupytext
 import pytest
+
+pytest.importorskip("jupytext", reason="notebooks are run with pip install -e '.[docs]'")
+
+import jupytext
 
 from examples.notebooks import __main__ as program
 

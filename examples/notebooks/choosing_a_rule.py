@@ -192,8 +192,9 @@ panels[1].legend(title="damping", frameon=False, loc="center left", bbox_to_anch
 plt.show()
 
 # %% [markdown]
-# Where the share is near 0, `"paper"` is momentum SGD at the rate over the damping; where it is
-# near 1, the damping hardly matters.
+# Where the share is near 0, `"paper"` is momentum SGD at the rate over the damping. Where it is
+# near 1, the damping decides only the smallest entries; but under `"paper"` these move up to one
+# over the damping times as far as the largest.
 #
 # ## Curvature over training
 #

@@ -38,7 +38,9 @@ class Net(nn.Module):
         return nn.Dense(3, name="head", **f64)(x)
 
 
-@pytest.mark.parametrize(("padding", "strides"), [("SAME", 2), ("VALID", 1)])
+@pytest.mark.parametrize(
+    ("padding", "strides"), [("SAME", 2), pytest.param("VALID", 1, marks=pytest.mark.slow)]
+)
 def test_factors_are_the_diagonals_of_kfacs(padding, strides, kfac, x64):
     rng = np.random.default_rng(0)
     x, target = rng.normal(size=(4, 5, 4, 2)), rng.normal(size=(4, 3))

@@ -107,7 +107,9 @@ def identical(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@any_rule
+@pytest.mark.parametrize(
+    "rule", ["centered", *(pytest.param(x, marks=pytest.mark.slow) for x in ("paper", "official"))]
+)
 def test_the_run_refreshes_and_learns(rule):
     """Or the tests below would compare nothing."""
     states = run(rule)

@@ -42,7 +42,7 @@ def run_tests(name, marked):
     assert " passed" in printed
 
 
-@pytest.mark.parametrize("name", ["sharded", "mapped"])
+@pytest.mark.parametrize("name", ["sharded", pytest.param("mapped", marks=pytest.mark.slow)])
 def test_on_eight_devices(name):
     run_tests(name, "not slow")
 

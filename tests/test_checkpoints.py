@@ -14,13 +14,12 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from tests.every_rule import every_rule
 from tests.hand_made import quick_jit
 
-RULES = ("paper", "official", "centered")
 STEPS, EVERY = 12, 3
 RNG = np.random.default_rng(0)
 BATCHES = jnp.asarray(RNG.normal(size=(STEPS, 6, 3)), jnp.float32)
-any_rule = pytest.mark.parametrize("rule", RULES)
 
 
 class Net(nn.Module):
@@ -107,9 +106,7 @@ def identical(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize(
-    "rule", ["centered", *(pytest.param(x, marks=pytest.mark.slow) for x in ("paper", "official"))]
-)
+@every_rule
 def test_the_run_refreshes_and_learns(rule):
     """Or the tests below would compare nothing."""
     states = run(rule)
@@ -123,7 +120,7 @@ def test_the_run_refreshes_and_learns(rule):
 # Flax's bytes.
 
 
-@any_rule
+@every_rule
 def test_flax_serialization_is_bit_exact(rule):
     for state in run(rule)[:: EVERY + 1]:
         encoded = flax.serialization.to_bytes(state)
@@ -132,7 +129,7 @@ def test_flax_serialization_is_bit_exact(rule):
 
 
 @pytest.mark.parametrize("stopped_at", range(STEPS))
-@any_rule
+@every_rule
 def test_a_run_stopped_at_any_step_ends_as_one_that_never_stopped(rule, stopped_at):
     states = run(rule)
     encoded = flax.serialization.to_bytes(states[stopped_at])
@@ -200,7 +197,7 @@ def ocp():
         return pytest.importorskip("orbax.checkpoint")
 
 
-@any_rule
+@every_rule
 def test_orbax_is_bit_exact_and_a_run_goes_on_from_it(rule, ocp, tmp_path):
     stops = (1, 5, 9)
     states = run(rule)

@@ -13,6 +13,7 @@ from flax import nnx
 import adafisher_jax as af
 from adafisher_jax.diagnostics import LayerReport, report, scalars, table
 from tests import nnx_reference
+from tests.every_rule import every_rule
 from tests.hand_made import (
     LAYERS,
     layout_of,
@@ -31,7 +32,6 @@ LAMBDA, TAU, B1, RATE = 1e-3, 0.01, 0.9, 0.25
 QUANTILES = (0.05, 0.5, 0.95)
 REFRESHED = (False, True, True, False, True)  # the steps that bring new factors
 
-any_rule = pytest.mark.parametrize("rule", RULES)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-9)
 
 
@@ -85,7 +85,7 @@ def rates_of(rule, layer, step, grads, updates, state):
 
 
 @pytest.mark.parametrize("name", ALL)
-@any_rule
+@every_rule
 def test_effective_rates_are_those_of_the_updates(rule, name):
     _, steps = trajectory(rule)
     product = name.endswith("column") or ALL[name].kind == "norm"
@@ -142,7 +142,7 @@ def test_quantiles_of_centered_follow_from_its_terms():
 
 
 @pytest.mark.parametrize("name", ALL)
-@any_rule
+@every_rule
 def test_conditions_are_those_of_the_averages(rule, name):
     layer = ALL[name]
     for _, _, state, found in trajectory(rule)[1]:
@@ -156,7 +156,7 @@ def test_conditions_are_those_of_the_averages(rule, name):
         close(found[name].condition, expected)
 
 
-@any_rule
+@every_rule
 def test_relative_steps_are_ratios_of_root_mean_squares(rule):
     params, steps = trajectory(rule)
     for _, updates, _, found in steps:
@@ -181,7 +181,7 @@ def test_ages_and_skipped_refreshes_are_counted_where_they_are():
     assert of_b == ((0, 0), (1, 0), (2, 0), (0, 0), (0, 0), (0, 0))
 
 
-@any_rule
+@every_rule
 def test_before_any_step_nothing_is_known(rule):
     found = report(af.adafisher(RATE, LAYOUT, rule=rule).init(PARAMS), LAYOUT, rule=rule)
     for one in found.values():
@@ -236,7 +236,7 @@ def test_each_part_of_a_partition_reports_its_own_layers():
         jax.tree.map(np.testing.assert_array_equal, report(state, LAYOUT), whole)
 
 
-@any_rule
+@every_rule
 def test_layers_whose_weight_is_masked_are_left_out(rule):
     mask = {"a": {"weight": False, "bias": True}, "b": True}
     state = optax.masked(af.adafisher(RATE, LAYOUT, rule=rule), mask).init(PARAMS)
@@ -411,7 +411,7 @@ def test_errors_say_what_is_missing():
         report(state, None)
 
 
-@any_rule
+@every_rule
 def test_another_rules_state_is_refused_where_that_shows(rule):
     state = af.adafisher(RATE, LAYOUT, rule=rule).init(PARAMS)
     for other in RULES:

@@ -23,7 +23,7 @@ from tests.reference import (
 f64 = functools.partial(functools.partial, param_dtype=F64)
 TOKENS = np.array([[0, 3, 3], [1, 3, 0]])
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 
 def inputs_of(*shape, seed=1):

@@ -13,6 +13,8 @@ from flax.training.dynamic_scale import DynamicScale
 import adafisher_jax as af
 from tests.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
 
+pytestmark = pytest.mark.slow
+
 any_rule = pytest.mark.parametrize("rule", ["paper", "official", "centered"])
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(16, 3)), jnp.float32)

@@ -11,7 +11,7 @@ import adafisher_jax as af
 from tests.hand_made import quick_jit
 from tests.losses import CASES, MODEL, ONE, TWO, P, Q, X, apply, freeze, size
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10)
 
 

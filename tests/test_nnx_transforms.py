@@ -17,7 +17,7 @@ from tests.nnx_reference import (
 )
 from tests.reference import F64, assert_factors, in_turn, scalar, stacked
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 X = (4, 3)
 

@@ -14,6 +14,8 @@ import pytest
 import adafisher_jax as af
 from adafisher_jax.layout import path_of
 
+pytestmark = pytest.mark.slow
+
 REASON = "this optax does not ship the tests of its contributed optimizers"
 pytest.importorskip("absl.testing.parameterized", reason=REASON)
 from absl.testing import parameterized  # noqa: E402

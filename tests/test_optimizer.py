@@ -11,9 +11,9 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from tests.every_rule import every_rule
 from tests.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
 
-RULES = ("paper", "official", "centered")
 DENSE = make_layer("dense", "dense", (3, 4), "in0 out0", "out0")
 STACK = make_layer("stack", "dense", (2, 3, 4), "stack0 in0 out0", "stack0 out0")
 NORM = make_layer("norm", "norm", (4,), "out0", "out0")
@@ -43,7 +43,6 @@ def build(rule="paper", **options):
 
 
 setup = functools.cache(build)
-any_rule = pytest.mark.parametrize("rule", RULES)
 
 
 def close(a, b, rtol=1e-5, **options):
@@ -98,7 +97,7 @@ def train_step(tx, layout):
 # The state.
 
 
-@any_rule
+@every_rule
 def test_the_factors_in_the_state_are_typed_as_those_captured(rule):
     layout = af.trace_layout(loss_fn, PARAMS, X)
     state = jax.eval_shape(af.scale_by_adafisher(layout, rule=rule).init, PARAMS)
@@ -110,7 +109,7 @@ def test_the_factors_in_the_state_are_typed_as_those_captured(rule):
     assert types[0] == types[1]
 
 
-@any_rule
+@every_rule
 def test_nothing_but_the_momentum_has_a_parameters_size(rule):
     big = [
         make_layer("dense", "dense", (300, 200), "in0 out0", "out0"),
@@ -133,7 +132,7 @@ def test_nothing_but_the_momentum_has_a_parameters_size(rule):
     assert max(leaf.size for leaf in rest) == 3 * max(300, directions * 200)
 
 
-@any_rule
+@every_rule
 def test_the_states_types_never_change(rule):
     tx, update, state = setup(rule)
     typed = lambda tree: jax.tree.map(lambda a: str(jax.typeof(a)), tree)  # noqa: E731
@@ -151,7 +150,7 @@ def test_the_states_types_never_change(rule):
     assert state.count == 3
 
 
-@any_rule
+@every_rule
 def test_the_state_can_be_donated(rule):
     tx, update, state = setup(rule)
     donated = jax.jit(tx.update, donate_argnums=(0, 1))
@@ -185,7 +184,7 @@ def test_a_scan_over_train_steps_is_a_loop_over_them(rule):
 # Factors, or none.
 
 
-@any_rule
+@every_rule
 def test_without_factors_the_averages_stay_and_precondition(rule):
     _, update, state = setup(rule)
     direction, refreshed = update(gradients(), state, factors=statistics())
@@ -200,7 +199,7 @@ def test_without_factors_the_averages_stay_and_precondition(rule):
     )
 
 
-@any_rule
+@every_rule
 def test_before_the_first_refresh_the_update_is_the_fallback(rule):
     _, update, state = setup(rule)
     plain = quick_jit(af.scale_by_adafisher(rule=rule).update)
@@ -223,7 +222,7 @@ def test_before_the_first_refresh_the_update_is_the_fallback(rule):
 
 
 @pytest.mark.parametrize("layout", [None, layout_of(DENSE)])
-@any_rule
+@every_rule
 def test_the_fallback_is_the_momentum_or_its_ratio_to_the_gradients_size(rule, layout):
     tx = af.scale_by_adafisher(layout, rule=rule, b1=0.5)
     grads = {
@@ -242,7 +241,7 @@ def test_the_fallback_is_the_momentum_or_its_ratio_to_the_gradients_size(rule, l
     close(second["dense"], jax.tree.map(jnp.zeros_like, grads["dense"]))
 
 
-@any_rule
+@every_rule
 def test_the_parameters_may_be_one_array(rule):
     """The path of a parameter that is no part of anything is empty."""
     bare = af.Layer("", "dense", af.Leaf("", (3, 4), ("in0", "out0")), None)
@@ -265,7 +264,7 @@ def test_other_layers_factors_and_other_extra_arguments_are_ignored():
     equal(quick_jit(tx.update)(gradients(), state, None, factors=others, value=1.0), expected)
 
 
-@any_rule
+@every_rule
 def test_stacked_layers_are_stepped_each_for_itself(rule, x64):
     """A scanned layer gets exactly the updates its layers get unstacked."""
     parts = [make_layer(f"part{i}", "dense", (3, 4), "in0 out0", "out0") for i in range(2)]
@@ -294,7 +293,7 @@ def test_stacked_layers_are_stepped_each_for_itself(rule, x64):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@any_rule
+@every_rule
 def test_a_gradient_that_is_not_finite_leaves_its_momentum_as_it_was(rule, bad):
     _, update, state = setup(rule)
     _, state = update(gradients(), state, factors=statistics())
@@ -315,7 +314,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_momentum_as_it_was(rule, bad):
 
 @pytest.mark.parametrize("field", af.Factor._fields)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@any_rule
+@every_rule
 def test_statistics_that_are_not_finite_leave_their_layers_averages(rule, bad, field):
     """Of the stacked layers only the one concerned."""
     _, update, state = setup(rule)
@@ -327,7 +326,7 @@ def test_statistics_that_are_not_finite_leave_their_layers_averages(rule, bad, f
     check_kept(rule, state, factors)
 
 
-@any_rule
+@every_rule
 def test_a_layer_without_rows_keeps_its_averages(rule):
     _, update, state = setup(rule)
     _, state = update(gradients(), state, factors=statistics())

@@ -26,7 +26,7 @@ from tests.reference import (
     under,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 
 def apply(params, x):

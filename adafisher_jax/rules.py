@@ -61,7 +61,7 @@ class Scale(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The identity, with averages that start at zero; what every rule builds on.
+    """Averages that start at zero, and momentum divided by them, damped; what rules build on.
 
     Attributes:
       ema: the averages' decay γ.
@@ -70,6 +70,9 @@ class Rule:
 
     ema: Any
     damping: Any
+
+    nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
+    exponent = 1.0  # of `damped`, in what the momentum is divided by
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
         """The averages before the first refresh."""
@@ -80,9 +83,6 @@ class Rule:
         """The averages after new statistics; unchanged where those are unusable."""
         new = (fresh, jnp.ones_like(old.slot))
         return _blend(layer, old, new, fresh, self.ema, 1 - self.ema)
-
-    nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
-    exponent = 1.0  # of `damped`, in what the momentum is divided by
 
     def refreshed(self, curvature: Curvature) -> jax.Array:
         """Which blocks have had statistics; the others are stepped without curvature."""
@@ -110,7 +110,10 @@ class Rule:
         self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
     ) -> tuple[Pair, Pair]:
         """The preconditioned momentum, and each parameter's `Scale` after this step."""
-        return momentum, scales
+        h, slot, s = self.scaled(layer, curvature, False)
+        refreshed = self.refreshed(curvature)
+        damping = jnp.where(refreshed, self.damping, 1)
+        return _divide(layer, momentum, h, slot, jnp.where(refreshed, s, 0), damping), scales
 
     def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
         """The same for one parameter outside every layer."""
@@ -192,16 +195,8 @@ class Paper(Rule):
         (h, s, _, _), slot, *_ = curvature
         return _minmax(layer, h, slot, s)
 
-    def direction(
-        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
-    ) -> tuple[Pair, Pair]:
-        h, slot, s = self.scaled(layer, curvature, False)
-        refreshed = self.refreshed(curvature)
-        damping = jnp.where(refreshed, self.damping, 1)
-        return _divide(layer, momentum, h, slot, jnp.where(refreshed, s, 0), damping), scales
 
-
-class Official(Paper):
+class Official(Rule):
     r"""The released code's arithmetic: min-max first, then an average of weights γ/10 and γ/100.
 
     .. math::
@@ -228,12 +223,6 @@ class Official(Paper):
 
     def refreshed(self, curvature: Curvature) -> jax.Array:
         return curvature.slot < 1  # the first refresh takes it far below where it starts
-
-    def scaled(
-        self, layer: Layer, curvature: Curvature, centers: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (h, s, _, _), slot, *_ = curvature
-        return h, slot, s
 
 
 class Centered(Rule):

@@ -36,21 +36,16 @@ def finish(*processes):
     return printed
 
 
-def run_tests(name, marked):
-    options = ("-n", "0", "-q", "-p", "no:cacheprovider", "-m", marked)
+def run_tests(name):
+    options = ("-n", "0", "-q", "-p", "no:cacheprovider", "-m", "")
     (printed,) = finish(start("-m", "pytest", *options, f"tests/on_devices/{name}.py"))
     assert " passed" in printed
 
 
-@pytest.mark.parametrize("name", ["sharded", pytest.param("mapped", marks=pytest.mark.slow)])
-def test_on_eight_devices(name):
-    run_tests(name, "not slow")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded", "mapped"])
-def test_on_eight_devices_in_every_combination(name):
-    run_tests(name, "slow")
+def test_on_eight_devices(name):
+    run_tests(name)
 
 
 def test_on_two_processes_of_four_devices():

@@ -94,7 +94,9 @@ def assert_diagonals(layer, full, factor):
 def captured(loss_fn, *args):
     """The layout, whole factors and diagonals of a loss, compiled as one."""
     layout = af.trace_layout(loss_fn, *args)
-    both = full_factors(loss_fn, layout), lambda *xs: af.value_and_grad(loss_fn, layout)(*xs)[2]
+    paths = [layer.path for layer in layout.layers if layer.kind != "norm"]
+    wholes = full_factors(loss_fn, layout, paths)
+    both = wholes, lambda *xs: af.value_and_grad(loss_fn, layout)(*xs)[2]
     full, factors = fast_jit(lambda *xs: [f(*xs) for f in both])(*args)
     return layout, full, factors
 
@@ -287,6 +289,7 @@ def test_lifted_layers_have_the_whole_factors_of_their_unrolled_twins(name):
         assert_diagonals(layer, full, factor)
 
 
+@pytest.mark.slow
 def test_the_gates_of_a_recurrent_cell():
     """`OptimizedLSTMCell` computes its gates by one product; its twin by one each."""
     cell, twin = (kind(3, param_dtype=F64) for kind in (nn.OptimizedLSTMCell, nn.LSTMCell))
@@ -428,15 +431,17 @@ def test_chosen_layers_are_those_asked_for():
         assert found.keys() == (chosen.keys() if paths else set())
 
 
-def test_normalization_layers_are_left_out_unless_asked_for():
-    model = nn.Sequential([Dense(3), nn.LayerNorm(param_dtype=F64), Dense(2)])
-    x = inputs_of(4, 3)
+def test_lookups_are_left_out_unless_asked_for_and_normalization_layers_anyway():
+    model = nn.Sequential([Embed(9, 3), Dense(3), nn.LayerNorm(param_dtype=F64), Dense(2)])
+    x = np.array([0, 5, 7])
     params = random_params(model, x)
     layout = af.trace_layout(loss_of(model), params, x)
     found = jax.eval_shape(full_factors(loss_of(model), layout), params, x)
-    assert found.keys() == {"layers_0", "layers_2"}
-    with pytest.raises(ValueError, match="'layers_1' is a norm layer"):
-        full_factors(loss_of(model), layout, ["layers_0", "layers_1"])
+    assert found.keys() == {"layers_1", "layers_3"}
+    found = jax.eval_shape(full_factors(loss_of(model), layout, ["layers_0"]), params, x)
+    assert found["layers_0"].h.shape == (9, 9)
+    with pytest.raises(ValueError, match="'layers_2' is a norm layer"):
+        full_factors(loss_of(model), layout, ["layers_1", "layers_2"])
 
 
 def test_errors_say_what_was_given_and_wanted():

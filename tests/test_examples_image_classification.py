@@ -114,7 +114,7 @@ def random_variables(of_task):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=() if x in ("resnet", "cct") else pytest.mark.slow) for x in TINY],
+    [pytest.param(x, marks=() if x == "cct" else pytest.mark.slow) for x in TINY],
 )
 def test_a_step_of_each_architecture(name, loader):
     """What comes out is finite, each layer took part, and running statistics move."""
@@ -147,6 +147,7 @@ def test_arithmetic_in_bfloat16_keeps_parameters_in_float32(name, loader):
     assert jax.eval_shape(apply, *variables).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_the_penalty_is_weight_decay_within_the_gradient(loader):
     found = {}
     for l2 in (0.0, 0.3):
@@ -233,7 +234,7 @@ def write(path, variables):
     return path
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("suffix", [pytest.param("npz", marks=pytest.mark.slow), "safetensors"])
 def test_training_starts_from_the_weights_of_a_file(suffix, variables, loader, tmp_path):
     path = write(tmp_path / f"weights.{suffix}", variables)
     of_task = task.make("resnet", TINY["resnet"], loader, weights=path)
@@ -526,6 +527,7 @@ def test_weight_decay_is_by_default_as_in_the_paper():
     assert (chosen.l2, chosen.weight_decay) == (0.0, 0.1)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path, monkeypatch, capsys):
     """On digits, with a network of four channels in place of the ResNet-18."""
     tiny = functools.partial(ResNet, (1,), resnet.BasicBlock, width=4)

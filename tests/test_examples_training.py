@@ -194,7 +194,9 @@ def without_times(folder):
     ]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafisher:centered"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("adafisher:centered", marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(optimizer, tmp_path, capsys):
     task = make_task(dropout=0.5)
     options = ("refresh_every=3",) if ":" in optimizer else ()

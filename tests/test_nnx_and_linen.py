@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import adafisher_jax as af
+from tests.every_rule import every_rule
 from tests.nnx_reference import attention_in_double, inputs_of, random_model
 from tests.reference import F64, assert_factors, fast_jit, scalar
 
@@ -131,7 +132,7 @@ def test_the_same_layout_and_factors(network):
     assert_factors(found[2], expected[2])
 
 
-@pytest.mark.parametrize("rule", RATES)
+@every_rule
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_same_training(network, rule):
     linen_loss, params, nnx_loss, model, x = both(network)

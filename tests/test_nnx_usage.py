@@ -325,6 +325,7 @@ def test_the_functional_style_is_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), params, wanted)
 
 
+@pytest.mark.slow
 def test_one_program_with_a_schedule_equals_leaving_factors_out():
     """Under `nnx.cond`; the dropout's random numbers go on in either branch."""
     model, x = random_model(lambda rngs: Block(rngs, dropout=0.5)), inputs_of(X)

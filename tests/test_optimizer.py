@@ -161,7 +161,7 @@ def test_the_state_can_be_donated(rule):
         close(updates, expected, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["paper", "centered"])
+@every_rule
 def test_a_scan_over_train_steps_is_a_loop_over_them(rule):
     layout = af.trace_layout(loss_fn, PARAMS, X)
     tx = af.adafisherw(1e-3, layout, rule=rule)

@@ -284,7 +284,10 @@ def test_a_checked_model(x):
     assert_factors(factors, factors_of(loss_of(Block()), params, x))
 
 
-@pytest.mark.parametrize("how", ["jit", "checkpoint, dots saved", "shard_map", "vjp"])
+LONG = ["checkpoint, dots saved", "shard_map", "vjp"]
+
+
+@pytest.mark.parametrize("how", ["jit", *(pytest.param(x, marks=pytest.mark.slow) for x in LONG)])
 def test_a_loss_is_traced_once_and_leaks_nothing(how, x):
     params, calls = random_params(Block(), x), []
 

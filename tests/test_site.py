@@ -13,6 +13,7 @@ pytest.importorskip("mkdocstrings", reason="the site is made with pip install -e
 
 import markdown
 import yaml
+from mkdocs.exceptions import PluginError
 
 from docs.hooks import (
     docstrings,
@@ -99,9 +100,9 @@ def test_numbers_come_with_their_spread():
     ]
 
 
-def test_what_was_not_measured_is_said():
-    page = measured.on_page_markdown("<!-- measured: no/such.json: name ms -->")
-    assert page == "Not measured yet: there is no `no/such.json`."
+def test_a_table_without_its_file_is_an_error():
+    with pytest.raises(PluginError, match="there is no no/such.json"):
+        measured.on_page_markdown("<!-- measured: no/such.json: name ms -->")
     assert "| train loss |" in measured.on_page_markdown(RESULTS)
 
 

@@ -40,6 +40,7 @@ def test_each_optimizer_is_tuned_and_its_best_rate_run_on_all_seeds(study, tmp_p
     assert "adafisher:centered" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch):
     first = study("--optimizers", "adamw", "--rates", "1e-2", "1e-3")
     lines = (tmp_path / "runs.jsonl").read_text()

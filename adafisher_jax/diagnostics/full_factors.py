@@ -48,7 +48,8 @@ def full_factors(
     Args:
       loss_fn: a scalar loss of Linen parameters or an NNX module, as in `trace_layout`.
       layout: from `trace_layout`.
-      paths: of the layers; None for all but normalization layers.
+      paths: of the layers; None for all but normalization layers, and lookups, whose `h` is a
+        vocabulary's square and diagonal as it is.
 
     Returns:
       A function of the loss's arguments that returns a `FullFactor` for each path. Jit it.
@@ -108,10 +109,10 @@ def pool(batches: Iterable[Mapping[str, FullFactor]]) -> dict[str, FullFactor]:
 
 
 def choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
-    """The layers at these paths; None for all with two factors."""
+    """The layers at these paths; None for all with two factors but lookups."""
     layers = {layer.path: layer for layer in layout.layers}
     if paths is None:
-        return tuple(layer for layer in layout.layers if layer.ins and layer.outs)
+        paths = [x.path for x in layout.layers if x.ins and x.outs and x.kind != "embedding"]
     if isinstance(paths, str):
         raise TypeError(f"paths: got the string {paths!r}, wanted several of them")
     paths = sorted(set(paths))

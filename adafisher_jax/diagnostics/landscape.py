@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adafisher_jax.layout import path_of
+
 LEAST = 1e-10  # of the largest variance, for a second one above round-off
 
 
@@ -59,9 +61,7 @@ def principal_plane(trajectories: Mapping[str, Sequence[Any]]) -> Plane:
       >>> plane.center["w"].tolist(), [f"{share:.0%}" for share in plane.shares]
       ([2.0, 1.0], ['80%', '20%'])
     """
-    points = [point for trajectory in trajectories.values() for point in trajectory]
-    if len(points) < 3:
-        raise ValueError(f"trajectories: got {len(points)} points, wanted three or more")
+    points = _checked(trajectories)
 
     def products(*array: Any) -> np.ndarray:
         rows = _deviations(array)
@@ -90,11 +90,31 @@ def principal_plane(trajectories: Mapping[str, Sequence[Any]]) -> Plane:
     )
 
 
+def _checked(trajectories: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """All points, of one structure and finite."""
+    points = [
+        (f"trajectories[{name!r}][{number}]", point)
+        for name, trajectory in trajectories.items()
+        for number, point in enumerate(trajectory)
+    ]
+    if len(points) < 3:
+        raise ValueError(f"trajectories: got {len(points)} points, wanted three or more")
+    wanted = None
+    for where, point in points:
+        leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(point)}
+        shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
+        wanted = wanted or shapes
+        if shapes != wanted:
+            raise ValueError(f"{where}: got arrays {shapes}, wanted those of the first, {wanted}")
+        for path, leaf in leaves.items():
+            if not np.isfinite(np.asarray(leaf, np.float64)).all():
+                raise ValueError(f"{where}: {path!r} has values that are not finite")
+    return [point for _, point in points]
+
+
 def _deviations(array: tuple[Any, ...]) -> np.ndarray:
     """Of one array's values at all points from their mean, (points, size)."""
     rows = np.stack(array).reshape(len(array), -1).astype(np.float64)
-    if not np.isfinite(rows).all():
-        raise ValueError("trajectories: got parameters that are not finite")
     return rows - rows.mean(0)
 
 

@@ -1,7 +1,7 @@
 """Tables of what was measured, from the JSON that was stored with it: none of it is typed.
 
 A page says where: `<!-- measured: FILE: COLUMNS -->` for a table, `<!-- pictures: FOLDER -->` for
-the plots of a folder. Files are named from the checkout's root, and may not be there yet.
+the plots of a folder. Files are named from the checkout's root.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _stored(at: re.Match[str]) -> str:
     path = ROOT / at[1]
     if not path.exists():
-        return f"Not measured yet: there is no `{at[1]}`."
+        raise PluginError(f"there is no {at[1]}, of which a page shows the rows")
     content = json.loads(path.read_text())
     return table(at[2].split(), content["rows"]) + "\n\n" + circumstances(content)
 

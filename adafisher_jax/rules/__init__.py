@@ -1,0 +1,57 @@
+"""How averaged factors become a preconditioner: one small object for each rule, by name."""
+
+from typing import Any
+
+import jax
+
+from adafisher_jax.rules.centered import Centered
+from adafisher_jax.rules.published import Official, Paper
+from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale
+
+__all__ = ["Curvature", "Pair", "Rule", "Scale", "check_fraction", "make_rule"]
+
+# Each rule with its default averaging constant and damping.
+_RULES: dict[str, tuple[type[Rule], float, float]] = {
+    "paper": (Paper, 0.8, 1e-3),
+    "official": (Official, 0.8, 1e-3),
+    "centered": (Centered, 0.95, 0.01),
+}
+
+
+def _register(rule: type[Rule]) -> None:
+    """As a pytree: `register_dataclass` would let JAX take one rule for another."""
+    jax.tree_util.register_pytree_node(
+        rule, lambda one: ((one.ema, one.damping), None), lambda _, own: rule(*own)
+    )
+
+
+for _rule, _, _ in _RULES.values():
+    _register(_rule)
+
+
+def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
+    """The rule called `name`; None stands for its own default.
+
+    Raises:
+      ValueError: for an unknown name, an averaging constant outside [0, 1) or a negative
+        damping. Traced values are not checked.
+    """
+    if name not in _RULES:
+        raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, _RULES))}")
+    rule, default_ema, default_damping = _RULES[name]
+    ema = default_ema if ema is None else ema
+    damping = default_damping if damping is None else damping
+    check_fraction("curvature_ema", ema)
+    if _is_known(damping) and not damping >= 0:
+        raise ValueError(f"damping: got {damping}, wanted a number of at least 0")
+    return rule(ema, damping)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises a `ValueError` for a decay outside [0, 1), unless it is traced."""
+    if _is_known(value) and not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, wanted a number in [0, 1)")
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer)

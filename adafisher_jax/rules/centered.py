@@ -1,0 +1,159 @@
+"""The recommended rule."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adafisher_jax import spectrum
+from adafisher_jax.factors import Axes
+from adafisher_jax.layout import Layer, Leaf
+from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale
+
+
+class Centered(Rule):
+    r"""The square root of the factors in coordinates that center the inputs, and a flat spectrum.
+
+    A layer with a bias is the same map as :math:`y = W^T (\bar h - \mu) + b'`. In these
+    coordinates the weight and the bias no longer share a direction. With :math:`\hat n` the
+    momentum one step ahead (Nesterov's) and :math:`r(x) = x / \mathrm{mean}(x)`,
+
+    .. math::
+
+        \hat H &= r(E[h^2] - \mu^2), \qquad \hat S = r(S), \qquad
+        D = (\hat n_w - \mu \hat n_b^T)
+            / \left((\hat H + \tau) \otimes (\hat S + \tau)\right)^{1/2} \\
+        d_w &= 0.2\, (D - E) / \mathrm{rms}(D - E), \qquad
+        d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
+
+    where `E` is the excess of the leading singular values (`adafisher_jax.spectrum`) and `rms` a
+    running root mean square, one number for each parameter (and stacked layer). The loss's scale
+    drops out, and a weight's steps are at a learning rate of one about as large as Adam's.
+    Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
+    and before a layer's first refresh, matrices are divided by their own steps' `rms`, and
+    vectors by the gradient's.
+    """
+
+    nesterov = True
+    exponent = 0.5
+    b2 = 0.99
+    rms = 0.2
+
+    def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
+        shape = [1] * leaf.ndim
+        for i, axis in enumerate(at.axes if at else ()):
+            if axis.startswith("stack"):
+                shape[i] = leaf.shape[i]
+        dtype = jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32)
+        basis = None
+        if layer and layer.weight == at and layer.kind != "norm":
+            matrices = jax.eval_shape(layer.to_matrices, leaf).shape
+            basis = spectrum.start(matrices, jnp.promote_types(leaf.dtype, dtype))
+        return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), basis)
+
+    def scaled(
+        self, layer: Layer, curvature: Curvature, centers: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (h, s, _, mean), slot, *_ = curvature
+        weight = jnp.where(self.refreshed(curvature), slot, 1)
+        if layer.kind == "norm":
+            h = jnp.ones_like(h)
+        elif centers:
+            h = _relative(layer, jnp.maximum(h / weight - jnp.square(mean / weight), 0))
+        else:
+            h = _relative(layer, h / weight)
+        return h, slot, _relative(layer, s / weight)
+
+    def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
+        return (s + self.damping) * (h if layer.kind == "norm" else h + self.damping)
+
+    def direction(
+        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+    ) -> tuple[Pair, Pair]:
+        (d_w, d_b), (scale_w, scale_b) = momentum, scales
+        centers = layer.kind != "norm" and d_w is not None and d_b is not None
+        refreshed = self.refreshed(curvature)
+        h, _, s = self.scaled(layer, curvature, centers)
+        inverse_h, inverse_s = (
+            jnp.where(refreshed, jax.lax.rsqrt(x + self.damping), 1) for x in (h, s)
+        )
+        mean = curvature.factor.mean / jnp.where(refreshed, curvature.slot, 1)
+
+        if layer.bias is not None and d_b is not None:
+            scaled = d_b * layer.to_bias(inverse_s)
+            d_b, scale_b = self._vector(scaled, grads.bias, scale_b, layer.bias.axes)
+        if d_w is not None and layer.kind == "norm":
+            d_w, scale_w = self._vector(d_w * inverse_s, grads.weight, scale_w, layer.axes)
+        elif d_w is not None:
+            d_w = d_w * (inverse_h * inverse_s)
+            least = jnp.zeros(())
+            if centers:
+                of_in, of_out = mean * inverse_h, layer.from_bias(momentum.bias) * inverse_s
+                d_w = d_w - of_in * of_out
+                # Where no more than rounding is left of the difference, it is no step.
+                least = _mean(_squared(of_in), layer.axes) * _mean(_squared(of_out), layer.axes)
+                least = jnp.finfo(d_w.dtype).eps * least
+            matrices = layer.to_matrices(d_w)
+            excess, left = spectrum.no_excess(matrices), jnp.sum(_squared(matrices), (1, 2))
+            if scale_w.basis is not None:
+                where = refreshed.reshape(-1)
+                excess, basis, left = spectrum.leading_excess(matrices, scale_w.basis, where)
+                scale_w = scale_w._replace(basis=basis.astype(scale_w.basis.dtype))
+            square = _mean(left.reshape(layer.slot_shape), layer.axes) / matrices[0].size
+            scale_w, inverse = self._size(scale_w, jnp.maximum(square, least))
+            size = self.rms * inverse
+            if centers:
+                pull = layer.to_matrices(mean * size)
+                pulled = layer.from_matrices(spectrum.over_rows(pull, matrices, excess))
+                d_b = d_b - layer.to_bias(pulled)
+            d_w = layer.from_matrices(spectrum.subtract(matrices, excess)) * size
+        return Pair(d_w, d_b), Pair(scale_w, scale_b)
+
+    def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
+        if momentum.ndim < 2:
+            return self._vector(momentum, grad, scale, ("",) * momentum.ndim)
+        scale, inverse = self._size(scale, jnp.mean(_squared(momentum), keepdims=True))
+        return momentum * (self.rms * inverse), scale
+
+    def _vector(
+        self, momentum: jax.Array, grad: jax.Array, scale: Scale, axes: Axes
+    ) -> tuple[jax.Array, Scale]:
+        """The step of a bias, or of a normalization layer's scale or shift."""
+        scale, inverse = self._size(scale, _mean(_squared(grad), axes))
+        return momentum * inverse, scale
+
+    def _size(self, scale: Scale, square: jax.Array) -> tuple[Scale, jax.Array]:
+        """The scale after a mean square, and one over the root of the average that it keeps."""
+        square = square.astype(scale.square.dtype)
+        good = jnp.isfinite(square)
+        new = jnp.where(good, self.b2 * scale.square + (1 - self.b2) * square, scale.square)
+        weight = jnp.where(good, self.b2 * scale.weight + (1 - self.b2), scale.weight)
+        scale = scale._replace(square=new, weight=weight)
+        return scale, jnp.where(good, _inverse_rms(scale), 0)  # without a square there is no step
+
+    def size(self, layer: Layer, scale: Scale | None) -> Any:
+        assert scale is not None
+        return (1 if layer.kind == "norm" else self.rms) * _inverse_rms(scale)
+
+
+def _inverse_rms(scale: Scale) -> jax.Array:
+    """One over the running root mean square; 0 while that is 0."""
+    average = scale.square / jnp.where(scale.weight > 0, scale.weight, 1)
+    return jnp.where(average > 0, jax.lax.rsqrt(jnp.where(average > 0, average, 1)), 0)
+
+
+def _relative(layer: Layer, values: jax.Array) -> jax.Array:
+    """Values relative to their block's average; 1 where that is nothing to go by."""
+    average = jnp.mean(values, layer.inner, keepdims=True)
+    relative = values / jnp.where(average > 0, average, 1)
+    return jnp.where((average > 0) & jnp.isfinite(relative), relative, 1)
+
+
+def _squared(x: jax.Array) -> jax.Array:
+    return jnp.square(jnp.abs(x).astype(jnp.promote_types(jnp.finfo(x.dtype).dtype, jnp.float32)))
+
+
+def _mean(values: jax.Array, axes: Axes) -> jax.Array:
+    """The average of each stacked layer; the other axes stay as 1."""
+    within = tuple(i for i, axis in enumerate(axes) if not axis.startswith("stack"))
+    return jnp.mean(values, within, keepdims=True)

@@ -1,0 +1,71 @@
+"""The rule as the paper prints it, and as the released code computes it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adafisher_jax.factors import Factor, minmax
+from adafisher_jax.layout import Layer
+from adafisher_jax.rules.rule import Curvature, Rule, blend
+
+
+class Paper(Rule):
+    r"""AdaFisher as printed: eqs. (3)-(4) and Algorithm 1 of arXiv:2405.16397.
+
+    .. math::
+
+        H_t = \gamma H_{t-1} + (1-\gamma) H, \qquad
+        \tilde F = \mathrm{minmax}(H_t) \otimes \mathrm{minmax}(S_t) + \lambda, \qquad
+        d = \hat m / \tilde F
+
+    Min-max is indifferent to a vector's scale, and the bias slot carries the same weight as
+    the rest of `H`, so averages that start at zero need no further correction.
+    """
+
+    def scaled(
+        self, layer: Layer, curvature: Curvature, centers: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (h, s, _, _), slot, *_ = curvature
+        return _minmax(layer, h, slot, s)
+
+
+class Official(Rule):
+    r"""The released code's arithmetic: min-max first, then an average of weights γ/10 and γ/100.
+
+    .. math::
+
+        H_t = \tfrac{\gamma}{10} H_{t-1} + \tfrac{\gamma}{100}\, \mathrm{minmax}_{10^{-6}}(H),
+        \qquad H_{-1} = 1, \qquad \tilde F = H_t \otimes S_t + \lambda
+
+    A convolution's statistics are summed over groups and divided by its patch length. Unlike
+    in the released code every layer is stepped with its own factors.
+    """
+
+    def start(self, layer: Layer, dtype: Any) -> Curvature:
+        start = super().start(layer, dtype)
+        h, s = (jnp.ones_like(part) for part in start.factor[:2])
+        return start._replace(
+            factor=start.factor._replace(h=h, s=s), slot=jnp.ones_like(start.slot)
+        )
+
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
+        unit = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
+        h, slot, s = _minmax(layer, fresh.h * unit, jnp.full_like(old.slot, unit), fresh.s, 1e-6)
+        new = (fresh._replace(h=h, s=s), slot)
+        return blend(layer, old, new, fresh, 0.1 * self.ema, 0.01 * self.ema)
+
+    def refreshed(self, curvature: Curvature) -> jax.Array:
+        return curvature.slot < 1  # the first refresh takes it far below where it starts
+
+
+def _minmax(
+    layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, epsilon: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`h` and its bias slot scaled as one vector and `s` as another, block by block."""
+    if layer.bias is None or layer.kind == "norm":  # there is no slot, or `h` has it inside
+        (h,), slot = minmax((h,), layer.inner, epsilon), jnp.zeros_like(slot)
+    else:
+        h, slot = minmax((h, slot), layer.inner, epsilon)
+    (s,) = minmax((s,), layer.inner, epsilon)
+    return h, slot, s

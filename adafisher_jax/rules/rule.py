@@ -1,0 +1,163 @@
+"""What a rule is: how one layer's statistics are averaged and divide its momentum.
+
+A rule sees one layer at a time: its `Curvature` (averaged factors, and the bias slot of `h`
+beside them) and its weight and bias as a `Pair`. Stacked layers are treated each for itself.
+Nothing here knows about optax, Flax or where the factors come from.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adafisher_jax.factors import Factor, extremes
+from adafisher_jax.layout import Layer, Leaf
+
+
+class Curvature(NamedTuple):
+    """What is stored of one layer.
+
+    Attributes:
+      factor: running averages of its statistics.
+      slot: the bias slot of `h`, one number for each block: the running average of a constant.
+        Averages that start at zero are bias-corrected by it.
+      skipped: how many refreshes had statistics that were not finite, whichever stacked layer's.
+      age: how many steps ago the averages last changed, whichever stacked layer's.
+    """
+
+    factor: Factor
+    slot: jax.Array
+    skipped: jax.Array
+    age: jax.Array
+
+
+class Pair(NamedTuple):
+    """The weight's and the bias's share of something; None where there is none."""
+
+    weight: Any
+    bias: Any
+
+    def pick(self, values: Mapping[str, Any]) -> "Pair":
+        """What a mapping holds for a pair of paths."""
+        return Pair(*(None if path is None else values.get(path) for path in self))
+
+
+class Scale(NamedTuple):
+    """What is stored of one parameter's steps.
+
+    Attributes:
+      square: their running mean square, one for each stacked layer, of the parameter's rank.
+      weight: that corrects it.
+      basis: their leading directions, of a layer's weight; see `adafisher_jax.spectrum`.
+    """
+
+    square: jax.Array
+    weight: jax.Array
+    basis: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Averages that start at zero, and momentum divided by them, damped; what rules build on.
+
+    Attributes:
+      ema: the averages' decay γ.
+      damping: λ, or the relative damping τ.
+    """
+
+    ema: Any
+    damping: Any
+
+    nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
+    exponent = 1.0  # of `damped`, in what the momentum is divided by
+
+    def start(self, layer: Layer, dtype: Any) -> Curvature:
+        """The averages before the first refresh."""
+        slot = jnp.zeros(layer.slot_shape, dtype)
+        return Curvature(layer.zeros(dtype), slot, *(jnp.zeros([], jnp.int32) for _ in range(2)))
+
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
+        """The averages after new statistics; unchanged where those are unusable."""
+        new = (fresh, jnp.ones_like(old.slot))
+        return blend(layer, old, new, fresh, self.ema, 1 - self.ema)
+
+    def refreshed(self, curvature: Curvature) -> jax.Array:
+        """Which blocks have had statistics; the others are stepped without curvature."""
+        return curvature.slot > 0
+
+    def scaled(
+        self, layer: Layer, curvature: Curvature, centers: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`h`, its bias slot and `s` as the rule scales them: `h * s` is its Fisher term.
+
+        `centers` says whether the weight and the bias are stepped together.
+        """
+        (h, s, _, _), slot, *_ = curvature
+        return h, slot, s
+
+    def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
+        """The Fisher term with the damping in it."""
+        return h * s + self.damping
+
+    def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
+        """What is kept of one parameter, if anything; `at`: its place in a layer."""
+        return None
+
+    def direction(
+        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+    ) -> tuple[Pair, Pair]:
+        """The preconditioned momentum, and each parameter's `Scale` after this step."""
+        h, slot, s = self.scaled(layer, curvature, False)
+        refreshed = self.refreshed(curvature)
+        damping = jnp.where(refreshed, self.damping, 1)
+        return _divide(layer, momentum, h, slot, jnp.where(refreshed, s, 0), damping), scales
+
+    def fallback(self, momentum: Any, grad: Any, scale: Any) -> tuple[Any, Any]:
+        """The same for one parameter outside every layer."""
+        return momentum, scale
+
+    def size(self, layer: Layer, scale: Scale | None) -> Any:
+        """What a layer's weight has its preconditioned momentum multiplied by."""
+        return 1.0
+
+
+def blend(
+    layer: Layer,
+    old: Curvature,
+    new: tuple[Factor, jax.Array],
+    fresh: Factor,
+    keep: Any,
+    add: Any,
+) -> Curvature:
+    """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
+    within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
+    extreme = (*extremes((fresh.h, fresh.mean), within), *extremes((fresh.s,), within))
+    finite = jnp.isfinite(fresh.rows).reshape(layer.stack_shape)
+    for values in jax.tree.leaves(extreme):  # finite if all are, and NaN if one is
+        finite &= jnp.isfinite(values)
+    took_part = (fresh.rows != 0).reshape(layer.stack_shape)
+    usable = took_part & finite
+
+    def average(before: jax.Array, after: jax.Array) -> jax.Array:
+        where = usable if before.ndim == usable.ndim else usable.reshape(before.shape)
+        return jnp.where(where, keep * before + add * after.astype(before.dtype), before)
+
+    factor, slot = jax.tree.map(average, (old.factor, old.slot), new)
+    skipped = old.skipped + jnp.any(took_part & ~finite)
+    return Curvature(factor, slot, skipped, jnp.where(jnp.any(usable), 0, old.age + 1))
+
+
+def _divide(
+    layer: Layer, momentum: Pair, h: jax.Array, slot: jax.Array, s: jax.Array, damping: jax.Array
+) -> Pair:
+    """Algorithm 1: `m̂ / (h ⊗ s + λ)`, and the bias by its slot of `h`."""
+    if layer.kind == "norm":  # `h` is the pair of the scale and the shift
+        h, slot = jnp.split(h, 2, layer.axes.index("out0"))
+    weight, bias = momentum
+    if weight is not None:
+        weight = weight / (h * s + damping)
+    if bias is not None:
+        bias = bias / layer.to_bias(slot * s + damping)
+    return Pair(weight, bias)

@@ -136,6 +136,7 @@ def test_a_run_stopped_at_any_step_ends_as_one_that_never_stopped(rule, stopped_
     identical(go_on(states[0].from_bytes(encoded), stopped_at), states[-1])
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on_from_bytes():
     """With its own layout, optimizer and compiled step."""
     rule = "centered"

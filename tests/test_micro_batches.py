@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from tests.every_rule import every_rule
 from tests.reference import Dense, assert_factors, fast_jit, random_params
 
 F64 = jnp.float64
@@ -184,7 +185,7 @@ def test_a_sum_has_weights_of_one(x64):
 
 
 @any_way
-@pytest.mark.parametrize("rule", ["paper", "official", "centered"])
+@every_rule
 def test_a_trajectory_is_that_of_the_batch(rule, way, x64):
     name = "scan over axis 1"
     grad_fn, layout, start = made(name)

@@ -1,5 +1,6 @@
 """The notebooks of `examples/notebooks`: their sources, and, slowly, their execution."""
 
+import asyncio
 import re
 
 import pytest
@@ -44,7 +45,7 @@ def test_links_lead_somewhere(source):
 @pytest.mark.slow
 @notebooks
 def test_a_notebook_runs_without_a_warning(source):
-    assert program.complaints(program.execute(source)) == ""
+    assert program.complaints(asyncio.run(program.execute(source))) == ""
 
 
 @pytest.mark.slow
@@ -64,4 +65,4 @@ def test_a_notebook_has_only_so_much_time(tmp_path):
     path = tmp_path / "slow.py"
     path.write_text("# %%\nimport time\n\ntime.sleep(60)\n")
     with pytest.raises(program.CellTimeoutError):
-        program.execute(path, limit=1)
+        asyncio.run(program.execute(path, limit=1))

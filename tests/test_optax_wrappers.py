@@ -10,8 +10,9 @@ import pytest
 
 import adafisher_jax as af
 from adafisher_jax import optimizer
+from tests.every_rule import every_rule
 from tests.hand_made import layout_of, quick_jit
-from tests.test_wrappers import LAYOUT, PARAMS, A, B, any_rule, close, data, inside, run, updates_of
+from tests.test_wrappers import LAYOUT, PARAMS, A, B, close, data, inside, run, updates_of
 
 # Wrappers that hand the factors on.
 
@@ -42,7 +43,17 @@ HAND_ON = {
 }
 
 
-@pytest.mark.parametrize("wrap", HAND_ON.values(), ids=HAND_ON)
+def some(cases, *by_default):
+    """A test for each case; by default, for those named."""
+    return [
+        pytest.param(case, id=name, marks=() if name in by_default else pytest.mark.slow)
+        for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrap", some(HAND_ON, "chain", "MultiSteps", "inject_hyperparams", "masked", "multi_transform")
+)
 def test_factors_reach_the_transform_inside(wrap):
     found, state = run(wrap(TX), value=1.0)
     plain, _ = run(wrap(TX), value=1.0, factors=None)
@@ -57,7 +68,7 @@ def test_a_chain_keeps_the_order_of_its_links():
     close(run(chained)[0], updates_of(af.adafisher))
 
 
-@any_rule
+@every_rule
 def test_a_masked_transform_keeps_only_its_own_layers(rule):
     mask = {"a": {"weight": True, "bias": False}, "b": False}
     masked = optax.masked(af.scale_by_adafisher(LAYOUT, rule=rule), mask)
@@ -74,7 +85,7 @@ def test_a_masked_transform_keeps_only_its_own_layers(rule):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((found, state)))
 
 
-@any_rule
+@every_rule
 def test_hyperparameters_may_be_injected(rule):
     values = {"learning_rate": 0.1, "b1": 0.8, "curvature_ema": 0.7, "damping": 0.02}
     make = optax.inject_hyperparams(af.adafisherw)
@@ -139,7 +150,7 @@ CLOSED = {
 }
 
 
-@pytest.mark.parametrize("wrap", CLOSED.values(), ids=CLOSED)
+@pytest.mark.parametrize("wrap", some(CLOSED, "apply_if_finite"))
 def test_a_refused_step_averages_no_factors(wrap):
     tx = wrap(TX)
     _, open_ = run(tx, steps=1)
@@ -278,7 +289,7 @@ MAPPED = {
 }
 
 
-@any_rule
+@every_rule
 @pytest.mark.parametrize("layout", [LAYOUT, None], ids=["layout", "no layout"])
 @pytest.mark.parametrize(("wrap", "count"), MAPPED.values(), ids=MAPPED)
 def test_map_params_finds_the_momentum_alone(wrap, count, layout, rule):
@@ -305,7 +316,7 @@ def test_the_state_is_read_and_set_by_name():
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1, :1], ratio.shape), rtol=1e-4)
 
 
-@any_rule
+@every_rule
 def test_eager_steps_with_injected_hyperparameters_compile_once(rule):
     """`inject_hyperparams` makes the transformation anew at every update."""
     params = {"layer": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "other": jnp.ones(4)}

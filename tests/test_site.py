@@ -101,7 +101,7 @@ def test_numbers_come_with_their_spread():
 
 
 def test_a_table_without_its_file_is_an_error():
-    with pytest.raises(PluginError, match="there is no no/such.json"):
+    with pytest.raises(PluginError, match=r"there is no no/such\.json"):
         measured.on_page_markdown("<!-- measured: no/such.json: name ms -->")
     assert "| train loss |" in measured.on_page_markdown(RESULTS)
 

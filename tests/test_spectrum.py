@@ -55,12 +55,12 @@ def test_sums_are_exact_and_nothing_grows_before_directions_have_converged(shape
         np.testing.assert_allclose(jnp.sum(flat**2, (1, 2)), squares, rtol=1e-12)
 
 
-@SHAPES
+@pytest.mark.parametrize("shape", [(2, 12, 20), (1, 20, 12)])
 def test_the_product_of_a_vector_is_that_with_what_is_left(shape, x64):
     step = matrices(shape, [9.0, 3, 1, 1, 1, 1])
     where = jnp.ones(len(step), bool)
     basis = spectrum.start(shape, step.dtype)
-    found, *_ = spectrum.leading_excess(step, basis, where)
+    found, *_ = jax.jit(spectrum.leading_excess)(step, basis, where)
     vector = jnp.asarray(np.random.default_rng(1).normal(size=(*shape[:2], 1)))
     for excess in (found, spectrum.no_excess(step)):
         expected = vector.mT @ spectrum.subtract(step, excess)

@@ -11,13 +11,12 @@ import pytest
 from flax.core import FrozenDict
 
 import adafisher_jax as af
+from tests.every_rule import every_rule
 from tests.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
 
-RULES = ("paper", "official", "centered")
 A = make_layer("a", "dense", (3, 4), "in0 out0", "out0")
 B = make_layer("b", "dense", (4, 2), "in0 out0")
 LAYOUT = layout_of(A, B)
-any_rule = pytest.mark.parametrize("rule", RULES)
 both = pytest.mark.parametrize("make", [af.adafisher, af.adafisherw])
 
 
@@ -60,7 +59,7 @@ def close(a, b, rtol=1e-5, **options):
 # Aliases.
 
 
-@any_rule
+@every_rule
 @both
 def test_the_aliases_are_the_building_block_and_the_learning_rate(make, rule):
     options = {"rule": rule, "b1": 0.8, "curvature_ema": 0.7, "damping": 0.02}
@@ -137,7 +136,7 @@ def test_the_learning_rate_may_be_a_schedule(make):
 # Numbers.
 
 
-@any_rule
+@every_rule
 def test_the_momentum_may_be_stored_in_bfloat16(rule):
     found, state = run(af.adafisher(0.1, LAYOUT, rule=rule, mu_dtype=jnp.bfloat16))
     expected, wide = run(af.adafisher(0.1, LAYOUT, rule=rule))
@@ -150,7 +149,7 @@ def test_the_momentum_may_be_stored_in_bfloat16(rule):
     assert not np.array_equal(found[1]["a"]["weight"], expected[1]["a"]["weight"])
 
 
-@any_rule
+@every_rule
 def test_bfloat16_parameters_keep_float32_averages(rule):
     half = functools.partial(jax.tree.map, lambda a: a.astype(jnp.bfloat16))
     found, state = run(af.adafisher(0.1, LAYOUT, rule=rule), params=half(PARAMS), change=half)

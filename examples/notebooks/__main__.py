@@ -4,6 +4,7 @@ python -m examples.notebooks --out notebooks five_minutes choosing_a_rule
 """
 
 import argparse
+import asyncio
 import pathlib
 import sys
 import time
@@ -23,7 +24,7 @@ def sources() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("[!_]*.py"))}
 
 
-def execute(source: pathlib.Path, limit: float = LIMIT) -> nbformat.NotebookNode:
+async def execute(source: pathlib.Path, limit: float = LIMIT) -> nbformat.NotebookNode:
     """The notebook of a source, with what its cells put out.
 
     Raises:
@@ -38,7 +39,7 @@ def execute(source: pathlib.Path, limit: float = LIMIT) -> nbformat.NotebookNode
         extra_arguments=["--log-level=ERROR"],  # of the kernel's own messages
         timeout_func=lambda _: max(1, int(end - time.monotonic())),
     )
-    client.execute()
+    await client.async_execute()
     return notebook
 
 
@@ -54,25 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(found)}")
     parser.add_argument("--out", type=pathlib.Path, help="folder for .ipynb files with outputs")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many at once")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - found.keys():
         parser.error(f"names: got {', '.join(unknown)}, wanted some of {', '.join(found)}")
 
-    failures = 0
-    for name in arguments.names or found:
-        start = time.perf_counter()
-        try:
-            notebook = execute(found[name])
-        except (CellExecutionError, CellTimeoutError) as error:
-            print(f"{name}: {error}", flush=True)
-            failures += 1
-            continue
-        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
-        print(complaints(notebook), end="", flush=True)
+    async def run(name: str, turns: asyncio.Semaphore) -> bool:
+        async with turns:
+            start = time.perf_counter()
+            try:
+                notebook = await execute(found[name])
+            except (CellExecutionError, CellTimeoutError) as error:
+                print(f"{name}: {error}", flush=True)
+                return False
+            seconds = time.perf_counter() - start
+        print(f"{name}: {seconds:.1f} s\n{complaints(notebook)}", end="", flush=True)
         if arguments.out:
             arguments.out.mkdir(parents=True, exist_ok=True)
             nbformat.write(notebook, arguments.out / f"{name}.ipynb")
-    return failures
+        return True
+
+    async def run_all() -> list[bool]:
+        turns = asyncio.Semaphore(arguments.jobs)
+        return await asyncio.gather(*(run(name, turns) for name in arguments.names or found))
+
+    return asyncio.run(run_all()).count(False)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def curves(figure, rows):
 def robustness(figure, rows):
     """Training loss at the end against the learning rate, the best over other settings."""
     for axes, row, colour in _panels(figure, rows):
-        rates, losses = zip(*row["tuning"], strict=True)
+        rates, losses, _ = zip(*row["tuning"], strict=True)
         shown = [math.nan if loss is None else loss for loss in losses]
         axes.plot(rates, shown, "o-", ms=3, lw=1.2, color=colour, label=row["optimizer"])
         axes.set(xlabel="learning rate", xscale="log", yscale="log")

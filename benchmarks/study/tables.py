@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 
-COLUMNS = "best_rate train_loss held_out_loss held_out_accuracy state_ratio seeds".split()
+COLUMNS = (
+    "best_rate train_loss held_out_loss held_out_accuracy least_held_out state_ratio seeds".split()
+)
 BASELINE = "adamw"  # for the state's size
 
 
@@ -12,11 +14,12 @@ def rows(tuned, finals, results):
     """A row for each (problem, optimizer); `tuned`, `finals`: these → their trials.
 
     A quantity of the final trials is `[mean, standard error]`. `tuning` holds `[rate, training
-    loss]`, the best over other settings, and `curve` `[step, training loss]`, the mean over seeds.
+    loss, held-out loss]` of the setting with the lowest training loss; the lowest of these held-out
+    losses is `least_held_out`. `curve` holds `[step, training loss]`, the mean over seeds.
     """
     for (problem, optimizer), trials in finals.items():
         records = [results[trial] for trial in trials]
-        first = trials[0]
+        first, tuning = trials[0], _tuning(tuned[problem, optimizer], results)
         row = {
             "name": f"{problem}, {optimizer}",
             "problem": problem,
@@ -28,7 +31,8 @@ def rows(tuned, finals, results):
             "seeds": len(trials),
             "diverged": sum(bool(record["diverged"]) for record in records),
             "state_bytes": records[0]["state_bytes"],
-            "tuning": _tuning(tuned[problem, optimizer], results),
+            "tuning": tuning,
+            "least_held_out": min((held for *_, held in tuning if held is not None), default=None),
             "curve": _mean([record["curve"] for record in records]),
         }
         for key in ("train_loss", "held_out_loss", "held_out_accuracy"):
@@ -41,9 +45,12 @@ def rows(tuned, finals, results):
 def _tuning(trials, results):
     best = {}
     for trial in trials:
-        loss = results[trial].get("train_loss", math.inf)
-        best[trial.rate] = min(best.get(trial.rate, math.inf), loss)
-    return [[rate, loss if math.isfinite(loss) else None] for rate, loss in sorted(best.items())]
+        found = [results[trial].get(key) for key in ("train_loss", "held_out_loss")]
+        if found[0] is None or not math.isfinite(found[0]):
+            best.setdefault(trial.rate, [None, None])
+        elif best.get(trial.rate, [None])[0] is None or found[0] < best[trial.rate][0]:
+            best[trial.rate] = found
+    return [[rate, *losses] for rate, losses in sorted(best.items())]
 
 
 def _mean(curves):

@@ -1,13 +1,15 @@
 """Tables of what was measured, from the JSON that was stored with it: none of it is typed.
 
-A page says where: `<!-- measured: FILE: COLUMNS -->` for a table, `<!-- pictures: FOLDER -->` for
-the plots of a folder. Files are named from the checkout's root.
+A page says where: `<!-- measured: FILE: COLUMNS -->` for a table, `<!-- across: FILE: DOWN ALONG
+QUANTITY -->` for a quantity by two others, and `<!-- pictures: FOLDER -->` for the plots of a
+folder. Files are named from the checkout's root.
 """
 
+import functools
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -16,6 +18,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TABLE = re.compile(r"<!-- measured: (\S+): (.*?) -->")
+ACROSS = re.compile(r"<!-- across: (\S+): (\S+) (\S+) (\S+) -->")
 PICTURES = re.compile(r"<!-- pictures: (\S+) -->")
 UNITS = {"mb": "MB", "kb": "kB", "gb": "GB"}
 
@@ -30,15 +33,31 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with each page."""
-    return PICTURES.sub(lambda at: pictures(ROOT / at[1]), TABLE.sub(_stored, markdown))
+    for pattern, show in {TABLE: _columns, ACROSS: across}.items():
+        markdown = pattern.sub(functools.partial(_stored, show), markdown)
+    return PICTURES.sub(lambda at: pictures(ROOT / at[1]), markdown)
 
 
-def _stored(at: re.Match[str]) -> str:
-    path = ROOT / at[1]
+def _stored(show: Callable[..., str], at: re.Match[str]) -> str:
+    file, *asked = at.groups()
+    path = ROOT / file
     if not path.exists():
-        raise PluginError(f"there is no {at[1]}, of which a page shows the rows")
+        raise PluginError(f"there is no {file}, of which a page shows the rows")
     content = json.loads(path.read_text())
-    return table(at[2].split(), content["rows"]) + "\n\n" + circumstances(content)
+    return show(*asked, content["rows"]) + "\n\n" + circumstances(content)
+
+
+def _columns(names: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    return table(names.split(), rows)
+
+
+def across(down: str, along: str, quantity: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A quantity in Markdown: a line for each value of `down`, a column for each of `along`."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        lines.setdefault(row[down], {down: row[down]})[row[along]] = row.get(quantity)
+    columns = dict.fromkeys(row[along] for row in rows)
+    return table([down, *columns], [*lines.values()])
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

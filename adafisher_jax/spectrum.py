@@ -2,20 +2,22 @@
 
 The momentum of a weight is nearly of low rank: a few directions hold most of it, and leave little
 of the step to the others. They change slowly, so that products with a few vectors in each step
-are enough to follow them.
+are enough to follow them, stored in half precision.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-DIRECTIONS = 4
+DIRECTIONS = 16
+STORED = jnp.bfloat16  # a point of departure is all that they are
+LEAST = 1e-4  # of the mean square of all singular values, to which leading ones are cut at most
 INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
 
 Excess = tuple[jax.Array, jax.Array]
 
 
-def start(matrices: tuple[int, int, int], dtype: jax.typing.DTypeLike) -> jax.Array | None:
+def start(matrices: tuple[int, int, int]) -> jax.Array | None:
     r"""The directions to begin with: rows along the shorter side of some matrices.
 
     They are cosines, :math:`u_{ij} \propto \cos(\pi (j + 1/2)(i + 1)/n)`: `DIRECTIONS` of them,
@@ -23,18 +25,17 @@ def start(matrices: tuple[int, int, int], dtype: jax.typing.DTypeLike) -> jax.Ar
 
     Args:
       matrices: how many, of how many rows and columns.
-      dtype: of the directions.
 
     Returns:
-      An array (matrices, directions, n), or None if there are none or the type is complex.
+      A bfloat16 array (matrices, directions, n), or None if there are none.
     """
     count, *sides = matrices
     n = min(sides)
     vectors = min(DIRECTIONS, n // 2)
-    if not vectors or jnp.issubdtype(dtype, jnp.complexfloating):
+    if not vectors:
         return None
     angles = np.pi * (np.arange(n) + 0.5) * (np.arange(vectors)[:, None] + 1) / n
-    rows = jnp.asarray((2 / n) ** 0.5 * np.cos(angles), dtype)
+    rows = jnp.asarray((2 / n) ** 0.5 * np.cos(angles), STORED)
     return jnp.broadcast_to(rows, (count, vectors, n))
 
 
@@ -51,12 +52,13 @@ def leading_excess(
 
         U &= \mathrm{orth}(D V_{t-1}), \qquad
         v_i = D^T u_i, \qquad \sigma_i = |v_i|, \qquad V_t = (v_1, ..., v_k) \\
-        c^2 &= \Big(|D|^2 - \sum_i \sigma_i^2\Big) / (n - k), \qquad
-        E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
+        c^2 &= \max\Big(\frac{|D|^2 - \sum_i \sigma_i^2}{n - k},\; 10^{-4} \frac{|D|^2}{n}\Big),
+        \qquad E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
 
     When these have converged, `D - E` is `D` with its `k` leading singular values cut down to the
-    root mean square of the others. `V` is kept relative to its largest column, and with 1e-4 of
-    the one before added, which decides where `D` has nothing.
+    root mean square of the others; of a matrix without others, not down to what rounding leaves.
+    `V` is kept relative to its largest column, and with 1e-4 of the one before added, which decides
+    where `D` has nothing.
 
     Args:
       step: `D`, (matrices, rows, columns).
@@ -68,6 +70,7 @@ def leading_excess(
       sum of squares of `D - E`, (matrices,).
     """
     total = jnp.sum(jnp.square(step), (1, 2))
+    before = basis.astype(step.dtype)
     follow = (where & jnp.isfinite(total))[:, None, None]
     tall = step.shape[1] >= step.shape[2]
 
@@ -84,19 +87,20 @@ def leading_excess(
     def to_shorter(vectors: jax.Array) -> jax.Array:
         return along_columns(vectors.mT) if tall else along_rows(vectors).mT
 
-    directions, mixed = jnp.linalg.qr(to_longer(basis).mT)
+    directions, mixed = jnp.linalg.qr(to_longer(before).mT)
     turned = jnp.diagonal(mixed, axis1=1, axis2=2) < 0  # so that a vector keeps its sign
     directions = jnp.where(turned[:, None], -directions, directions).mT
     images = to_shorter(directions)
     squares = jnp.sum(jnp.square(images), 2)
     rest = jnp.maximum(total - jnp.sum(squares, 1), 0)
-    cap = (rest / (basis.shape[2] - basis.shape[1]))[:, None]
+    n, k = basis.shape[2], basis.shape[1]
+    cap = jnp.maximum(rest / (n - k), LEAST * total / n)[:, None]
     kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
     cut = (1 - kept)[..., None] * directions
     left = total - jnp.sum((1 - jnp.square(kept)) * squares, 1)
     largest = jnp.sqrt(jnp.max(squares, 1))[:, None, None]
-    moved = images / jnp.where(largest > 0, largest, 1) + INERTIA * basis
-    basis = jnp.where(largest > 0, moved, basis)
+    moved = images / jnp.where(largest > 0, largest, 1) + INERTIA * before
+    basis = jnp.where(largest > 0, moved.astype(STORED), basis)
     return (cut.mT, images) if tall else (images.mT, cut), basis, left
 
 

@@ -48,6 +48,10 @@ def normalized(v, epsilon=0.0):
     return np.array(rows)
 
 
+def stored(basis):
+    return basis.astype(jnp.bfloat16).astype(float)
+
+
 class Reading:
     """One layer and rule: `step(grad, factor)` is the preconditioned momentum of each block."""
 
@@ -143,17 +147,18 @@ class Reading:
         if len(d) < len(d.T):
             return self.flattened(block, d.T).T
         n = len(d.T)
-        k = min(4, n // 2)
+        k = min(16, n // 2)
         if not k:
             return d
         cosines = np.cos(np.pi * (np.arange(n)[:, None] + 0.5) * (np.arange(k) + 1) / n)
-        before = self.basis.get(block, cosines * np.sqrt(2 / n))
+        before = self.basis.get(block, stored(cosines * np.sqrt(2 / n)))
         u, r = np.linalg.qr(d @ before)
         u = u @ np.diag(np.where(np.diag(r) < 0, -1, 1))
         v = d.T @ u
         values = np.linalg.norm(v, axis=0)
-        self.basis[block] = v / values.max() + 1e-4 * before
-        cap = np.sqrt((np.sum(d**2) - np.sum(values**2)) / (n - k))
+        self.basis[block] = stored(v / values.max() + 1e-4 * before)
+        total = np.sum(d**2)
+        cap = np.sqrt(max((total - np.sum(values**2)) / (n - k), 1e-4 * total / n))
         return d - u @ np.diag(1 - np.minimum(1, cap / values)) @ v.T
 
     def over_rms(self, name, d, of):
@@ -274,7 +279,7 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     root_h = np.sqrt(variance / variance.mean() + TAU)[:, None]
     root_s = np.sqrt(s2[0] / s2.mean() + TAU)
     d_w = (g_w / (root_h * root_s))[None]
-    basis = spectrum.start(d_w.shape, d_w.dtype)
+    basis = spectrum.start(d_w.shape)
     excess, *_ = spectrum.leading_excess(d_w, basis, jnp.ones(1, bool))
     d_w = spectrum.subtract(d_w, excess)[0]
     d_b = g_b / root_s

@@ -27,7 +27,7 @@ def follow(step, times):
     """What is left of a step that is taken several times, its directions and its squares' sum."""
     where = jnp.ones(len(step), bool)
     find = jax.jit(lambda basis: spectrum.leading_excess(step, basis, where))
-    basis = spectrum.start(step.shape, step.dtype)
+    basis = spectrum.start(step.shape)
     for _ in range(times):
         excess, basis, squares = find(basis)
     return spectrum.subtract(step, excess), basis, squares
@@ -35,19 +35,19 @@ def follow(step, times):
 
 @SHAPES
 def test_a_step_repeated_has_its_leading_singular_values_cut_to_the_others(shape, x64):
-    values = np.array([100.0, 50, 20, 10, 1, 0.8, 0.6, 0.5, 0.1])
     n = min(shape[1:])
-    flat, _, squares = follow(matrices(shape, values), 12)
-    cap = np.sqrt(np.sum(values[4:] ** 2) / (n - 4))
-    expected = np.sort([*[cap] * 4, *values[4:], *[0] * (n - 9)])[::-1]
+    k, others = n // 2, np.array([1, 0.8, 0.6, 0.5])
+    flat, _, squares = follow(matrices(shape, [*np.geomspace(100, 10, k), *others]), 12)
+    cap = np.sqrt(np.sum(others**2) / (n - k))
+    expected = np.sort([*[cap] * k, *others, *[0] * (n - k - 4)])[::-1]
     for one, square in zip(flat, squares, strict=True):
-        np.testing.assert_allclose(np.linalg.svd(one, compute_uv=False), expected, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.svd(one, compute_uv=False), expected, atol=2e-3)
         np.testing.assert_allclose(square, np.sum(one**2), rtol=1e-10)
 
 
 @SHAPES
 def test_sums_are_exact_and_nothing_grows_before_directions_have_converged(shape, x64):
-    step = matrices(shape, [3.0, 2.9, 2.8, 2.7, 2.6, 2.5])
+    step = matrices(shape, [3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3])
     for times in (1, 2):
         flat, _, squares = follow(step, times)
         for one in flat:
@@ -59,7 +59,7 @@ def test_sums_are_exact_and_nothing_grows_before_directions_have_converged(shape
 def test_the_product_of_a_vector_is_that_with_what_is_left(shape, x64):
     step = matrices(shape, [9.0, 3, 1, 1, 1, 1])
     where = jnp.ones(len(step), bool)
-    basis = spectrum.start(shape, step.dtype)
+    basis = spectrum.start(shape)
     found, *_ = jax.jit(spectrum.leading_excess)(step, basis, where)
     vector = jnp.asarray(np.random.default_rng(1).normal(size=(*shape[:2], 1)))
     for excess in (found, spectrum.no_excess(step)):
@@ -70,11 +70,10 @@ def test_the_product_of_a_vector_is_that_with_what_is_left(shape, x64):
 
 def test_the_shorter_side_is_followed_and_half_of_it_at_most():
     start = spectrum.start
-    assert start((1, 12, 20), jnp.float32).shape == (1, 4, 12)
-    assert start((2, 36, 10), jnp.float32).shape == (2, 4, 10)
-    assert start((1, 3, 4), jnp.float32).shape == (1, 1, 3)
-    assert start((1, 7, 1), jnp.float32) is None
-    assert start((1, 12, 20), jnp.complex64) is None
+    assert start((1, 40, 50)).shape == (1, 16, 40)
+    assert start((2, 36, 10)).shape == (2, 5, 10)
+    assert start((1, 3, 4)).shape == (1, 1, 3)
+    assert start((1, 7, 1)) is None
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e25])
@@ -83,7 +82,7 @@ def test_steps_are_finite_whatever_their_size(size):
     step = jnp.float32(size) * matrices((1, 12, 20), [100.0, 1, 1, 1, 1, 1]).astype(jnp.float32)
     flat, basis, _ = follow(step, 3)
     assert jnp.all(jnp.isfinite(flat))
-    assert np.linalg.matrix_rank(basis[0]) == 4
+    assert np.linalg.matrix_rank(basis[0].astype(float)) == 6
     if size == 1.0:
         assert np.linalg.norm(flat[0], 2) < 2
     else:
@@ -98,9 +97,19 @@ def test_directions_without_anything_in_them_do_not_follow_rounding():
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_of_a_matrix_of_low_rank_no_rounding_is_left_as_a_step(rank):
+    step = matrices((1, 40, 50), [1.0] * rank).astype(jnp.float32)
+    flat, _, squares = follow(step, 3)
+    left, *others = np.split(np.linalg.svd(flat[0], compute_uv=False), [rank])
+    np.testing.assert_allclose(left, 1e-2 * np.sqrt(rank / 40), rtol=1e-2)
+    assert np.max(others) < 1e-3 * left[0]
+    np.testing.assert_allclose(squares[0], np.sum(left**2), rtol=5e-2)
+
+
 def test_matrices_that_are_left_out_are_as_they_were():
     step = matrices((2, 12, 9), [9.0, 1, 1, 1, 1, 1])
-    basis = spectrum.start(step.shape, step.dtype)
+    basis = spectrum.start(step.shape)
     excess, after, _ = spectrum.leading_excess(step, basis, jnp.array([True, False]))
     flat = spectrum.subtract(step, excess)
     np.testing.assert_array_equal(flat[1], step[1])

@@ -46,9 +46,9 @@ class Centered(Rule):
                 shape[i] = leaf.shape[i]
         dtype = jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32)
         basis = None
-        if layer and layer.weight == at and layer.kind != "norm":
-            matrices = jax.eval_shape(layer.to_matrices, leaf).shape
-            basis = spectrum.start(matrices, jnp.promote_types(leaf.dtype, dtype))
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        if layer and layer.weight == at and layer.kind != "norm" and real:
+            basis = spectrum.start(jax.eval_shape(layer.to_matrices, leaf).shape)
         return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), basis)
 
     def scaled(
@@ -98,7 +98,7 @@ class Centered(Rule):
             if scale_w.basis is not None:
                 where = refreshed.reshape(-1)
                 excess, basis, left = spectrum.leading_excess(matrices, scale_w.basis, where)
-                scale_w = scale_w._replace(basis=basis.astype(scale_w.basis.dtype))
+                scale_w = scale_w._replace(basis=basis)
             square = _mean(left.reshape(layer.slot_shape), layer.axes) / matrices[0].size
             scale_w, inverse = self._size(scale_w, jnp.maximum(square, least))
             size = self.rms * inverse

@@ -12,10 +12,12 @@ from benchmarks.study.results import Results
 from benchmarks.study.trial import Trial
 
 PROTOCOLS = "steps", "epochs", "time"
-# Half-decades, as many for each optimizer; those whose steps are as long as gradients want larger.
+# Half-decades, as many for each optimizer. Steps as long as gradients want larger ones; "official"
+# divides them by little more than its damping of 1e-3.
 RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 LARGER = [1e-2, 3e-2, 1e-1, 3e-1, 1e0]
-LARGER_FOR = "sgd", "kfac"
+SMALLER = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
+RATES_OF = {"sgd": LARGER, "kfac": LARGER, "adafisher:official": SMALLER}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Grid:
 
 
 def rates(optimizer: str, given: Sequence[float] | None) -> Sequence[float]:
-    return given or (LARGER if optimizer in LARGER_FOR else RATES)
+    return given or RATES_OF.get(optimizer, RATES)
 
 
 def settings(texts: Iterable[str]) -> dict[str, Sequence[Any]]:

@@ -42,7 +42,7 @@ def _panels(figure, rows):
     grid[0].set_ylabel("training loss")
     for axes, problem in zip(grid, problems, strict=False):
         axes.set_title(problem)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
     for row in rows:
         colour = COLOURS[optimizers.index(row["optimizer"]) % len(COLOURS)]
         yield grid[problems.index(row["problem"])], row, colour
@@ -53,4 +53,4 @@ def _legend(figure):
     for axes in figure.axes:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, line)
-    figure.legend(found.values(), found, loc="outside lower center", ncols=5, fontsize=7)
+    figure.legend(found.values(), found, loc="outside upper center", ncols=5, fontsize=7)

@@ -12,7 +12,6 @@ import numpy as np
 DIRECTIONS = 16
 STORED = jnp.bfloat16  # a point of departure is all that they are
 LEAST = 1e-4  # of the mean square of all singular values, to which leading ones are cut at most
-INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
 
 Excess = tuple[jax.Array, jax.Array]
 
@@ -51,14 +50,13 @@ def leading_excess(
     .. math::
 
         U &= \mathrm{orth}(D V_{t-1}), \qquad
-        v_i = D^T u_i, \qquad \sigma_i = |v_i|, \qquad V_t = (v_1, ..., v_k) \\
+        w_i = D^T u_i, \qquad \sigma_i = |w_i|, \qquad V_t = (w_1/\sigma_1, ..., w_k/\sigma_k) \\
         c^2 &= \max\Big(\frac{|D|^2 - \sum_i \sigma_i^2}{n - k},\; 10^{-4} \frac{|D|^2}{n}\Big),
-        \qquad E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
+        \qquad E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i w_i^T
 
     When these have converged, `D - E` is `D` with its `k` leading singular values cut down to the
     root mean square of the others; of a matrix without others, not down to what rounding leaves.
-    `V` is kept relative to its largest column, and with 1e-4 of the one before added, which decides
-    where `D` has nothing.
+    Directions in which `D` has nothing stay where they are.
 
     Args:
       step: `D`, (matrices, rows, columns).
@@ -69,17 +67,14 @@ def leading_excess(
       `E` as its two factors, (matrices, rows, k) and (matrices, k, columns); the next `V`; and the
       sum of squares of `D - E`, (matrices,).
     """
-    total = jnp.sum(jnp.square(step), (1, 2))
-    before = basis.astype(step.dtype)
-    follow = (where & jnp.isfinite(total))[:, None, None]
     tall = step.shape[1] >= step.shape[2]
 
     # Vectors are rows along columns and columns along rows, so that no product transposes `step`.
     def along_columns(columns: jax.Array) -> jax.Array:
-        return jnp.where(follow, _product("bik,bij->bkj", columns, step), 0)
+        return _product("bik,bij->bkj", columns, step)
 
     def along_rows(rows: jax.Array) -> jax.Array:
-        return jnp.where(follow, _product("bij,bkj->bik", step, rows), 0)
+        return _product("bij,bkj->bik", step, rows)
 
     def to_longer(vectors: jax.Array) -> jax.Array:
         return along_rows(vectors).mT if tall else along_columns(vectors.mT)
@@ -87,21 +82,43 @@ def leading_excess(
     def to_shorter(vectors: jax.Array) -> jax.Array:
         return along_columns(vectors.mT) if tall else along_rows(vectors).mT
 
-    directions, mixed = jnp.linalg.qr(to_longer(before).mT)
-    turned = jnp.diagonal(mixed, axis1=1, axis2=2) < 0  # so that a vector keeps its sign
-    directions = jnp.where(turned[:, None], -directions, directions).mT
+    before = basis.astype(step.dtype)
+    moved = to_longer(before)
+    mix = jnp.where(
+        where[:, None, None], _orthonormalizing(_product("bkj,blj->bkl", moved, moved)), 0
+    )
+    directions = _product("bkl,blj->bkj", mix, moved)
     images = to_shorter(directions)
-    squares = jnp.sum(jnp.square(images), 2)
+    total, squares = jnp.sum(jnp.square(step), (1, 2)), jnp.sum(jnp.square(images), 2)
     rest = jnp.maximum(total - jnp.sum(squares, 1), 0)
     n, k = basis.shape[2], basis.shape[1]
     cap = jnp.maximum(rest / (n - k), LEAST * total / n)[:, None]
-    kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
+    inverse = jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))
+    kept = jnp.where(squares > cap, jnp.sqrt(cap) * inverse, 1)
     cut = (1 - kept)[..., None] * directions
     left = total - jnp.sum((1 - jnp.square(kept)) * squares, 1)
-    largest = jnp.sqrt(jnp.max(squares, 1))[:, None, None]
-    moved = images / jnp.where(largest > 0, largest, 1) + INERTIA * before
-    basis = jnp.where(largest > 0, moved.astype(STORED), basis)
+    basis = jnp.where((squares > 0)[..., None], (images * inverse[..., None]).astype(STORED), basis)
     return (cut.mT, images) if tall else (images.mT, cut), basis, left
+
+
+def _orthonormalizing(gram: jax.Array) -> jax.Array:
+    """Of vectors' products with each other, what makes them orthonormal as Gram and Schmidt do.
+
+    A matrix that is to be multiplied by the vectors, as rows, from the left. Its row is zero for a
+    vector of which rounding would decide: those before it leave no more than a thousandth or so.
+    """
+    k, rounding = gram.shape[1], DIRECTIONS * jnp.finfo(gram.dtype).eps
+    squares = jnp.diagonal(gram, axis1=1, axis2=2)
+    known = squares > rounding**2 * jnp.max(squares, 1, keepdims=True)
+    unit = jnp.where(known, jax.lax.rsqrt(jnp.where(known, squares, 1)), 0)
+    one = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
+    lower = jnp.linalg.cholesky(gram * unit[:, :, None] * unit[:, None] + rounding * one)
+    inverse = jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
+    # The rows are as long as they are without what was added to the diagonal.
+    square = 1 - rounding * jnp.sum(jnp.square(inverse), 2, keepdims=True)
+    good = square > 0.5
+    inverse = inverse * jax.lax.rsqrt(jnp.where(good, square, 1))
+    return jnp.where(good, inverse, 0) * unit[:, None]
 
 
 def no_excess(step: jax.Array) -> Excess:
@@ -113,8 +130,7 @@ def no_excess(step: jax.Array) -> Excess:
 def subtract(step: jax.Array, excess: Excess) -> jax.Array:
     """A step without its excess, `D - E`."""
     rows, columns = excess
-    # A sum written out is part of the loop over the step; a product would be stored first.
-    return step - sum(rows[:, :, i, None] * columns[:, i, None] for i in range(rows.shape[2]))
+    return step - _product("bik,bkj->bij", rows, columns)
 
 
 def over_rows(vector: jax.Array, step: jax.Array, excess: Excess) -> jax.Array:

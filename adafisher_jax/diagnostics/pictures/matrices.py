@@ -168,7 +168,7 @@ def fourier(axes: Axes, matrix: jax.typing.ArrayLike) -> None:
       >>> import jax.numpy as jnp, matplotlib.figure
       >>> axes = matplotlib.figure.Figure().add_subplot()
       >>> fourier(axes, jnp.eye(2))
-      >>> axes.images[0].get_array().tolist(), axes.images[0].get_extent()
+      >>> axes.images[0].get_array().round(3).tolist(), axes.images[0].get_extent()
       ([[0.0, -60.0], [-60.0, 0.0]], [-0.75, 0.25, -0.75, 0.25])
     """
     scaled = jnp.asarray(_relative(_checked(matrix)))

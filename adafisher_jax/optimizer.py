@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adafisher_jax import in_turn
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, check_factors, check_state, path_of
 from adafisher_jax.rules import Curvature, Pair, Rule, Scale, check_fraction, make_rule
@@ -166,7 +167,9 @@ def scale_by_adafisher(
                 None if factors is None else factors[at],
                 *(paths.pick(of) for of in (before, grads, state.scales)),
             )
-            correction = _after(correction, pairs[2])
+            # In turn, layers need the memory of two or three steps; at once, that of all.
+            squares = [scale.square for scale in pairs[2] if scale is not None]
+            correction = in_turn.after(correction, squares)
             for path, *found in zip(paths, *pairs, strict=True):
                 if path in grads:
                     after[path] = Step._make(found)
@@ -231,20 +234,6 @@ def _step_alone(
     new, momentum = _momentum(rule, b1, correction, mu, grad)
     direction, scale = rule.fallback(momentum, grad, scale)
     return Step(_typed_like(mu, new), _typed_like(grad, direction), scale)
-
-
-def _after(value: jax.Array, scales: Pair) -> jax.Array:
-    """The same value, on a CPU not before a layer's scales are known.
-
-    Layers whose steps wait for one another need the memory of one step. Left to itself XLA keeps
-    every layer's until the last is there, and memory that is new takes longer than arithmetic.
-    """
-
-    def wait(value: jax.Array, *squares: jax.Array) -> jax.Array:
-        return value + sum(0 * jnp.sum(square).astype(value.dtype) for square in squares)
-
-    squares = [scale.square for scale in scales if scale is not None]  # always finite
-    return jax.lax.platform_dependent(value, *squares, cpu=wait, default=lambda value, *_: value)
 
 
 def _typed_like(wanted: Any, values: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 DIRECTIONS = 16
 STORED = jnp.bfloat16  # a point of departure is all that they are
 LEAST = 1e-4  # of the mean square of all singular values, to which leading ones are cut at most
+INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
 
 Excess = tuple[jax.Array, jax.Array]
 
@@ -50,13 +51,14 @@ def leading_excess(
     .. math::
 
         U &= \mathrm{orth}(D V_{t-1}), \qquad
-        w_i = D^T u_i, \qquad \sigma_i = |w_i|, \qquad V_t = (w_1/\sigma_1, ..., w_k/\sigma_k) \\
+        v_i = D^T u_i, \qquad \sigma_i = |v_i|, \qquad V_t = (v_1, ..., v_k) \\
         c^2 &= \max\Big(\frac{|D|^2 - \sum_i \sigma_i^2}{n - k},\; 10^{-4} \frac{|D|^2}{n}\Big),
-        \qquad E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i w_i^T
+        \qquad E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
 
     When these have converged, `D - E` is `D` with its `k` leading singular values cut down to the
     root mean square of the others; of a matrix without others, not down to what rounding leaves.
-    Directions in which `D` has nothing stay where they are.
+    `V` is kept relative to its largest column, and with 1e-4 of the one before added, which decides
+    where `D` has nothing.
 
     Args:
       step: `D`, (matrices, rows, columns).
@@ -67,14 +69,17 @@ def leading_excess(
       `E` as its two factors, (matrices, rows, k) and (matrices, k, columns); the next `V`; and the
       sum of squares of `D - E`, (matrices,).
     """
+    total = jnp.sum(jnp.square(step), (1, 2))
+    before = basis.astype(step.dtype)
+    follow = (where & jnp.isfinite(total))[:, None, None]
     tall = step.shape[1] >= step.shape[2]
 
     # Vectors are rows along columns and columns along rows, so that no product transposes `step`.
     def along_columns(columns: jax.Array) -> jax.Array:
-        return _product("bik,bij->bkj", columns, step)
+        return jnp.where(follow, _product("bik,bij->bkj", columns, step), 0)
 
     def along_rows(rows: jax.Array) -> jax.Array:
-        return _product("bij,bkj->bik", step, rows)
+        return jnp.where(follow, _product("bij,bkj->bik", step, rows), 0)
 
     def to_longer(vectors: jax.Array) -> jax.Array:
         return along_rows(vectors).mT if tall else along_columns(vectors.mT)
@@ -82,43 +87,21 @@ def leading_excess(
     def to_shorter(vectors: jax.Array) -> jax.Array:
         return along_columns(vectors.mT) if tall else along_rows(vectors).mT
 
-    before = basis.astype(step.dtype)
-    moved = to_longer(before)
-    mix = jnp.where(
-        where[:, None, None], _orthonormalizing(_product("bkj,blj->bkl", moved, moved)), 0
-    )
-    directions = _product("bkl,blj->bkj", mix, moved)
+    directions = to_longer(before)
+    for _ in range(3):
+        directions = _orthonormal(directions)
     images = to_shorter(directions)
-    total, squares = jnp.sum(jnp.square(step), (1, 2)), jnp.sum(jnp.square(images), 2)
+    squares = jnp.sum(jnp.square(images), 2)
     rest = jnp.maximum(total - jnp.sum(squares, 1), 0)
     n, k = basis.shape[2], basis.shape[1]
     cap = jnp.maximum(rest / (n - k), LEAST * total / n)[:, None]
-    inverse = jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))
-    kept = jnp.where(squares > cap, jnp.sqrt(cap) * inverse, 1)
+    kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
     cut = (1 - kept)[..., None] * directions
-    left = total - jnp.sum((1 - jnp.square(kept)) * squares, 1)
-    basis = jnp.where((squares > 0)[..., None], (images * inverse[..., None]).astype(STORED), basis)
+    left = rest + jnp.sum(jnp.square(kept) * squares, 1)
+    largest = jnp.sqrt(jnp.max(squares, 1))[:, None, None]
+    moved = images / jnp.where(largest > 0, largest, 1) + INERTIA * before
+    basis = jnp.where(largest > 0, moved.astype(STORED), basis)
     return (cut.mT, images) if tall else (images.mT, cut), basis, left
-
-
-def _orthonormalizing(gram: jax.Array) -> jax.Array:
-    """Of vectors' products with each other, what makes them orthonormal as Gram and Schmidt do.
-
-    A matrix that is to be multiplied by the vectors, as rows, from the left. Its row is zero for a
-    vector of which rounding would decide: those before it leave no more than a thousandth or so.
-    """
-    k, rounding = gram.shape[1], DIRECTIONS * jnp.finfo(gram.dtype).eps
-    squares = jnp.diagonal(gram, axis1=1, axis2=2)
-    known = squares > rounding**2 * jnp.max(squares, 1, keepdims=True)
-    unit = jnp.where(known, jax.lax.rsqrt(jnp.where(known, squares, 1)), 0)
-    one = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
-    lower = jnp.linalg.cholesky(gram * unit[:, :, None] * unit[:, None] + rounding * one)
-    inverse = jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
-    # The rows are as long as they are without what was added to the diagonal.
-    square = 1 - rounding * jnp.sum(jnp.square(inverse), 2, keepdims=True)
-    good = square > 0.5
-    inverse = inverse * jax.lax.rsqrt(jnp.where(good, square, 1))
-    return jnp.where(good, inverse, 0) * unit[:, None]
 
 
 def no_excess(step: jax.Array) -> Excess:
@@ -138,6 +121,25 @@ def over_rows(vector: jax.Array, step: jax.Array, excess: Excess) -> jax.Array:
     rows, columns = excess
     shares = _product("bik,bij->bkj", vector, rows)
     return _product("bik,bij->bkj", vector, step) - _product("bki,bij->bkj", shares, columns)
+
+
+def _orthonormal(vectors: jax.Array) -> jax.Array:
+    """Rows nearer to those that Gram and Schmidt make of them: a pass of shifted Cholesky QR.
+
+    What is added to the diagonal lets it succeed whatever the rows are. A row of which those before
+    leave a thousandth is orthogonal to them after one pass, and what rounding leaves of it after
+    three (arXiv:1809.11085), in products alone, where reflections would take most of a step.
+    """
+    gram = _product("bkj,blj->bkl", vectors, vectors)
+    squares = jnp.diagonal(gram, axis1=1, axis2=2)
+    unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+    one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)
+    added = DIRECTIONS * jnp.finfo(gram.dtype).eps
+    lower = jnp.linalg.cholesky(gram * unit[:, :, None] * unit[:, None] + added * one)
+    inverse = jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
+    lengths = 1 - added * jnp.sum(jnp.square(inverse), 2, keepdims=True)
+    inverse = inverse * jax.lax.rsqrt(jnp.maximum(lengths, 0.5))
+    return _product("bkl,blj->bkj", inverse * unit[:, None], vectors)
 
 
 def _product(equation: str, *operands: jax.Array) -> jax.Array:

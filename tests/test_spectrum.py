@@ -107,6 +107,25 @@ def test_of_a_matrix_of_low_rank_no_rounding_is_left_as_a_step(rank):
     np.testing.assert_allclose(squares[0], np.sum(left**2), rtol=5e-2)
 
 
+@pytest.mark.parametrize("shape", [(1, 30, 24), (1, 256, 300)])
+@pytest.mark.parametrize("ratio", [1.3, 2.0, 6.0])
+def test_single_precision_is_enough_for_steep_spectra(shape, ratio):
+    """Directions would overlap, or never be found, where products lost what is small in them."""
+    n = min(shape[1:])
+    values = np.maximum(ratio ** -np.arange(n), 1e-3)
+    step = matrices(shape, values).astype(jnp.float32)
+    for times in (1, 2, 30):
+        flat, _, squares = follow(step, times)
+        expected, total = (jnp.sum(jnp.square(x), (1, 2)) for x in (flat, step))
+        np.testing.assert_allclose(squares, expected, rtol=1e-3, atol=3e-6 * total[0])
+    k = min(16, n // 2)
+    rest = np.sqrt(np.sum(values[k:] ** 2) / (n - k))
+    floor = np.sqrt(1e-4 * np.sum(values**2) / n)
+    if ratio > 1.5:  # the closer they are to each other, the longer it takes
+        largest = np.linalg.svd(flat[0], compute_uv=False)[0]
+        np.testing.assert_allclose(largest, max(rest, floor, values[k]), rtol=5e-2)
+
+
 def test_matrices_that_are_left_out_are_as_they_were():
     step = matrices((2, 12, 9), [9.0, 1, 1, 1, 1, 1])
     basis = spectrum.start(step.shape)

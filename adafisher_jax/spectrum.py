@@ -128,7 +128,7 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
 
     What is added to the diagonal lets it succeed whatever the rows are. A row of which those before
     leave a thousandth is orthogonal to them after one pass, and what rounding leaves of it after
-    three (arXiv:1809.11085). On a CPU these products are quicker than reflections.
+    three (arXiv:1809.11085), in matrix products instead of reflections.
     """
     gram = _product("bkj,blj->bkl", vectors, vectors)
     squares = jnp.diagonal(gram, axis1=1, axis2=2)

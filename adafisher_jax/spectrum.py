@@ -87,9 +87,7 @@ def leading_excess(
     def to_shorter(vectors: jax.Array) -> jax.Array:
         return along_columns(vectors.mT) if tall else along_rows(vectors).mT
 
-    directions = to_longer(before)
-    for _ in range(3):
-        directions = _orthonormal(directions)
+    directions = jax.lax.fori_loop(0, 3, lambda _, rows: _orthonormal(rows), to_longer(before))
     images = to_shorter(directions)
     squares = jnp.sum(jnp.square(images), 2)
     rest = jnp.maximum(total - jnp.sum(squares, 1), 0)
@@ -131,11 +129,12 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
     three (arXiv:1809.11085), in matrix products instead of reflections.
     """
     gram = _product("bkj,blj->bkl", vectors, vectors)
-    squares = jnp.diagonal(gram, axis1=1, axis2=2)
-    unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
     one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)
+    squares = jnp.sum(gram * one, 2)
+    unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
     added = DIRECTIONS * jnp.finfo(gram.dtype).eps
-    lower = jnp.linalg.cholesky(gram * unit[:, :, None] * unit[:, None] + added * one)
+    cosines = gram * unit[:, :, None] * unit[:, None]
+    lower = jax.lax.linalg.cholesky(cosines + added * one, symmetrize_input=False)
     inverse = jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
     lengths = 1 - added * jnp.sum(jnp.square(inverse), 2, keepdims=True)
     inverse = inverse * jax.lax.rsqrt(jnp.maximum(lengths, 0.5))

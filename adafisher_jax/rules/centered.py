@@ -75,7 +75,7 @@ class Centered(Rule):
         refreshed = self.refreshed(curvature)
         h, _, s = self.scaled(layer, curvature, centers)
         inverse_h, inverse_s = (
-            jnp.where(refreshed, jax.lax.rsqrt(x + self.damping), 1) for x in (h, s)
+            jax.lax.rsqrt(jnp.where(refreshed, x + self.damping, 1)) for x in (h, s)
         )
         mean = curvature.factor.mean / jnp.where(refreshed, curvature.slot, 1)
 

@@ -2,7 +2,8 @@
 
 `centered-…`: without the input or the output factor, or either (`no-factors`); without centering;
 without the cut of the leading singular values (`no-cut`). Any rule: with factors that are constant,
-or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo.
+or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo. `nadamw-cut`: the cut put
+on NAdam's steps, without the factors.
 """
 
 import functools
@@ -10,6 +11,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import adafisher_jax as af
 from adafisher_jax import spectrum
@@ -49,9 +51,14 @@ def _permuted(values):
     return values.ravel()[order].reshape(values.shape)
 
 
-def edited(task, rate, weight_decay, rule, edit, **options):
-    """AdaFisher whose captured factors are edited, but for those of normalization layers."""
+def edited(task, rate, weight_decay, rule, edit, before=None, **options):
+    """AdaFisher whose captured factors are edited, but for those of normalization layers.
+
+    `before`: what is done to gradients first.
+    """
     tx = af.adafisherw(rate, task.layout, rule=rule, weight_decay=weight_decay, **options)
+    if before is not None:
+        tx = optax.chain(before, tx)
     kinds = {layer.path: layer.kind for layer in task.layout.layers}
     find = of_factors(task, refresh_every=1)
 
@@ -85,8 +92,10 @@ EDITS = {
     "official-constant": ("official", constant),
     "official-shuffled": ("official", shuffled),
 }
+NADAM = optax.scale_by_adam(b2=0.99, nesterov=True)
 NAMES = {
     "centered-no-cut": no_cut,
+    "nadamw-cut": functools.partial(edited, rule="centered", edit=constant, before=NADAM, b1=0.0),
     **{
         name: functools.partial(edited, rule=rule, edit=edit)
         for name, (rule, edit) in EDITS.items()

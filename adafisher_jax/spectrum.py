@@ -69,7 +69,7 @@ def leading_excess(
       `E` as its two factors, (matrices, rows, k) and (matrices, k, columns); the next `V`; and the
       sum of squares of `D - E`, (matrices,).
     """
-    total = jnp.sum(jnp.square(step), (1, 2))
+    total = everywhere(jnp.sum(jnp.square(step), (1, 2)))
     before = basis.astype(step.dtype)
     follow = (where & jnp.isfinite(total))[:, None, None]
     tall = step.shape[1] >= step.shape[2]
@@ -145,6 +145,12 @@ def _product(equation: str, *operands: jax.Array) -> jax.Array:
     everywhere = _replicated(*operands)
     highest = jax.lax.Precision.HIGHEST
     return jnp.einsum(equation, *operands, precision=highest, out_sharding=everywhere)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """An array that lies on explicit mesh axes, whole on each device."""
+    sharding = _replicated(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def _replicated(*operands: jax.Array) -> jax.sharding.NamedSharding | None:

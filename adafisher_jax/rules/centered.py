@@ -88,18 +88,20 @@ class Centered(Rule):
             d_w = d_w * (inverse_h * inverse_s)
             least = jnp.zeros(())
             if centers:
-                of_in, of_out = mean * inverse_h, layer.from_bias(momentum.bias) * inverse_s
+                of_out = spectrum.everywhere(layer.from_bias(momentum.bias)) * inverse_s
+                of_in = mean * inverse_h
                 d_w = d_w - of_in * of_out
                 # Where no more than rounding is left of the difference, it is no step.
                 least = _mean(_squared(of_in), layer.axes) * _mean(_squared(of_out), layer.axes)
                 least = jnp.finfo(d_w.dtype).eps * least
             matrices = layer.to_matrices(d_w)
+            _, rows, columns = matrices.shape
             excess, left = spectrum.no_excess(matrices), jnp.sum(_squared(matrices), (1, 2))
             if scale_w.basis is not None:
                 where = refreshed.reshape(-1)
                 excess, basis, left = spectrum.leading_excess(matrices, scale_w.basis, where)
                 scale_w = scale_w._replace(basis=basis)
-            square = _mean(left.reshape(layer.slot_shape), layer.axes) / matrices[0].size
+            square = _mean(left.reshape(layer.slot_shape), layer.axes) / (rows * columns)
             scale_w, inverse = self._size(scale_w, jnp.maximum(square, least))
             size = self.rms * inverse
             if centers:
@@ -124,7 +126,7 @@ class Centered(Rule):
 
     def _size(self, scale: Scale, square: jax.Array) -> tuple[Scale, jax.Array]:
         """The scale after a mean square, and one over the root of the average that it keeps."""
-        square = square.astype(scale.square.dtype)
+        square = spectrum.everywhere(square).astype(scale.square.dtype)
         good = jnp.isfinite(square)
         new = jnp.where(good, self.b2 * scale.square + (1 - self.b2) * square, scale.square)
         weight = jnp.where(good, self.b2 * scale.weight + (1 - self.b2), scale.weight)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
@@ -197,6 +198,43 @@ def test_on_explicit_axes_it_equals_one_device(name, plan, model, x64):
         params = place(PLANS[plan], mesh, task.params)
         run = train_pinned(task, "centered", mesh, params)
     assert_close(run, expected, 1e-9)
+
+
+class Stack(nn.Module):
+    """Four layers in one array."""
+
+    @nn.compact
+    def __call__(self, x):
+        step = nn.scan(
+            lambda layer, x, _: (jnp.tanh(layer(x)), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=4,
+        )
+        return step(nn.Dense(32), x, None)[0]
+
+
+@pytest.mark.parametrize("spec", [("data",), (None, "data"), (None, None, "data")])
+def test_parameters_on_an_explicit_axis_step_as_on_one_device(spec, x64):
+    x, model = jax.random.normal(jax.random.key(0), (16, 32)), Stack()
+    params = jax.tree.map(jnp.float64, model.init(jax.random.key(1), x))
+    loss_fn = lambda params, x: jnp.mean(model.apply(params, x) ** 2)  # noqa: E731
+    layout = af.trace_layout(loss_fn, params, x)
+    tx = af.adafisher(3e-2, layout, rule="centered")
+    _, grads, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, x)
+
+    def steps(params, grads):
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = jax.jit(tx.update)(grads, state, params, factors=factors)
+        return updates
+
+    expected = steps(params, grads)
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        put = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(*spec[: leaf.ndim])))  # noqa: E731
+        found = steps(*jax.tree.map(put, (params, grads)))
+    assert_close(found, expected, 1e-9)
 
 
 @pytest.mark.parametrize("plan", ["fully sharded", "tensor parallel"])

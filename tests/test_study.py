@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import json
+import math
 
 import jax.numpy as jnp
 import pytest
 
 from adafisher_jax import Factor
-from benchmarks.study import command, controls, plan, trial
+from benchmarks.study import command, controls, plan, tables, trial
 from benchmarks.study.problems import PROBLEMS
 from benchmarks.study.results import Results
 from examples.training import optimizers
@@ -78,6 +79,28 @@ def test_the_best_setting_is_that_of_the_lowest_finite_loss():
     other = dataclasses.replace(one, rate=1e-1)
     assert plan.best([one, other], {one: {"train_loss": 2.0}, other: {"diverged": "yes"}}) == one
     assert plan.best([one, other], {one: {"train_loss": 2.0}, other: {"train_loss": 1.0}}) == other
+
+
+def test_a_rate_is_told_by_its_best_setting_over_all_tuning_seeds():
+    one = trial.Trial("digits_mlp", "adafisher:paper", 1e-2, 0, 6, 64, (("damping", 0.1),))
+    other, larger = dataclasses.replace(one, options=()), dataclasses.replace(one, rate=1e-1)
+    losses = {one: (1.0, 8.0), other: (2.0, 2.0), larger: (1.0, math.inf)}
+    trials, results = [], {}
+    for setting, found in losses.items():
+        for seed, loss in enumerate(found):
+            trials.append(dataclasses.replace(setting, seed=seed))
+            results[trials[-1]] = {
+                "train_loss": loss,
+                "held_out_loss": 2 * loss,
+                "diverged": None,
+                "curve": [[1, loss]],
+                "state_bytes": 1,
+            }
+    key = "digits_mlp", "adafisher:paper"
+    (row,) = tables.rows({key: trials}, {key: trials[:1]}, results)
+    assert row["tuning"] == [[1e-2, 2.0, 4.0], [1e-1, None, None]]
+    assert row["tuning_seeds"] == 2
+    assert row["least_held_out"] == 4.0
 
 
 def test_a_control_takes_one_thing_away():

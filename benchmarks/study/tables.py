@@ -14,8 +14,9 @@ def rows(tuned, finals, results):
     """A row for each (problem, optimizer); `tuned`, `finals`: these → their trials.
 
     A quantity of the final trials is `[mean, standard error]`. `tuning` holds `[rate, training
-    loss, held-out loss]` of the setting with the lowest training loss; the lowest of these held-out
-    losses is `least_held_out`. `curve` holds `[step, training loss]`, the mean over seeds.
+    loss, held-out loss]`, means over the tuning seeds, of the setting with the lowest training
+    loss; the lowest of these held-out losses is `least_held_out`. `curve` holds `[step, training
+    loss]`, the mean over seeds.
     """
     for (problem, optimizer), trials in finals.items():
         records = [results[trial] for trial in trials]
@@ -32,6 +33,7 @@ def rows(tuned, finals, results):
             "diverged": sum(bool(record["diverged"]) for record in records),
             "state_bytes": records[0]["state_bytes"],
             "tuning": tuning,
+            "tuning_seeds": len({trial.seed for trial in tuned[problem, optimizer]}),
             "least_held_out": min((held for *_, held in tuning if held is not None), default=None),
             "curve": _mean([record["curve"] for record in records]),
         }
@@ -43,14 +45,21 @@ def rows(tuned, finals, results):
 
 
 def _tuning(trials, results):
-    best = {}
+    settings = {}
     for trial in trials:
-        found = [results[trial].get(key) for key in ("train_loss", "held_out_loss")]
-        if found[0] is None or not math.isfinite(found[0]):
-            best.setdefault(trial.rate, [None, None])
-        elif best.get(trial.rate, [None])[0] is None or found[0] < best[trial.rate][0]:
-            best[trial.rate] = found
-    return [[rate, *losses] for rate, losses in sorted(best.items())]
+        settings.setdefault((trial.rate, trial.options), []).append(results[trial])
+    best = {}
+    for (rate, _), records in settings.items():
+        found = [
+            float(np.mean([record.get(key, math.inf) for record in records]))
+            for key in ("train_loss", "held_out_loss")
+        ]
+        found = found if math.isfinite(found[0]) else [math.inf, math.inf]
+        best[rate] = min(best.get(rate, found), found)
+    return [
+        [rate, *(loss if math.isfinite(loss) else None for loss in losses)]
+        for rate, losses in sorted(best.items())
+    ]
 
 
 def _mean(curves):

@@ -142,9 +142,8 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
 
 
 def _product(equation: str, *operands: jax.Array) -> jax.Array:
-    everywhere = _replicated(*operands)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum(equation, *operands, precision=highest, out_sharding=everywhere)
+    highest, where = jax.lax.Precision.HIGHEST, _replicated(*operands)
+    return jnp.einsum(equation, *operands, precision=highest, out_sharding=where)
 
 
 def everywhere(x: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 `centered-…`: without the input or the output factor, or either (`no-factors`); without centering;
 without the cut of the leading singular values (`no-cut`). Any rule: with factors that are constant,
-or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo. `nadamw-cut`: the cut put
-on NAdam's steps, without the factors.
+or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo. `nadamw-cut`: NAdam's
+steps through the rule with constant factors, of which its cut and the size of its steps are left.
 """
 
 import functools
@@ -20,7 +20,7 @@ from examples.training.steps import Optimizer, of_factors, of_transformation
 
 
 def no_inputs(factor):
-    """The variance of each input is one."""
+    """The variance of each input is one, within a batch."""
     return factor._replace(h=1 + jnp.square(factor.mean))
 
 

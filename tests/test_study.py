@@ -4,11 +4,15 @@ import argparse
 import dataclasses
 import json
 import math
+import types
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from adafisher_jax import Factor
+import adafisher_jax as af
 from benchmarks.study import command, controls, plan, tables, trial
 from benchmarks.study.problems import PROBLEMS
 from benchmarks.study.results import Results
@@ -104,7 +108,9 @@ def test_a_rate_is_told_by_its_best_setting_over_all_tuning_seeds():
 
 
 def test_a_control_takes_one_thing_away():
-    factor = Factor(jnp.array([5.0, 2.0]), jnp.array([3.0, 1.0]), jnp.ones(()), jnp.array([1, 0.5]))
+    factor = af.Factor(
+        jnp.array([5.0, 2.0]), jnp.array([3.0, 1.0]), jnp.ones(()), jnp.array([1, 0.5])
+    )
 
     def seen(edit):
         h, s, _, mean = edit(factor)
@@ -119,6 +125,41 @@ def test_a_control_takes_one_thing_away():
     assert sorted(variance) == [1.75, 4.0]
     assert sorted(s) == [1.0, 3.0]
     assert mean == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "flat"),
+    {
+        "adafisher:centered": True,
+        "centered-constant": True,
+        "nadamw-cut": True,
+        "centered-no-cut": False,
+        "nadamw": False,
+    }.items(),
+)
+def test_steps_are_cut_where_the_control_has_a_cut(name, flat):
+    """The last of a few steps along one gradient that a single direction dominates."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(48, 32))
+    cotangents = 3 * inputs[:, :1] * np.ones(24) + 0.3 * rng.normal(size=(48, 24))
+    model = nn.Dense(24, use_bias=False)
+
+    def loss(params, model_state, batch, key):
+        x, s = batch
+        return jnp.mean(jnp.sum(model.apply(params, x) * s, 1)), (model_state, {})
+
+    batch = jnp.asarray(inputs, jnp.float32), jnp.asarray(cotangents, jnp.float32)
+    key = jax.random.key(0)
+    params = model.init(key, batch[0])
+    task = types.SimpleNamespace(loss=loss, layout=af.trace_layout(loss, params, {}, batch, key))
+    optimizer = controls.make(name, 1e-2, task)
+    opt_state = optimizer.init(params, {}, batch, key)
+    for _ in range(8):
+        before = jax.tree.map(np.array, params)
+        params, _, opt_state, *_ = optimizer.step(params, {}, opt_state, batch, key)
+    (step,) = jax.tree.leaves(jax.tree.map(np.subtract, params, before))
+    values = np.linalg.svd(step, compute_uv=False)
+    assert (values[0] < 2 * values[1]) == flat
 
 
 @pytest.mark.slow

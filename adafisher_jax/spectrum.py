@@ -96,9 +96,9 @@ def leading_excess(
     kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
     cut = (1 - kept)[..., None] * directions
     left = rest + jnp.sum(jnp.square(kept) * squares, 1)
-    largest = jnp.sqrt(jnp.max(squares, 1))[:, None, None]
-    moved = images / jnp.where(largest > 0, largest, 1) + INERTIA * before
-    basis = jnp.where(largest > 0, moved.astype(STORED), basis)
+    largest = jnp.max(squares, 1)[:, None, None]
+    relative = images * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
+    basis = jnp.where(largest > 0, (relative + INERTIA * before).astype(STORED), basis)
     return (cut.mT, images) if tall else (images.mT, cut), basis, left
 
 

@@ -54,15 +54,15 @@ class Centered(Rule):
     def scaled(
         self, layer: Layer, curvature: Curvature, centers: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (h, s, _, mean), slot, *_ = curvature
-        weight = jnp.where(self.refreshed(curvature), slot, 1)
+        (h, s, _, mean), slot, *_ = curvature  # the slot, by which they are divided, drops out
         if layer.kind == "norm":
             h = jnp.ones_like(h)
         elif centers:
-            h = _relative(layer, jnp.maximum(h / weight - jnp.square(mean / weight), 0))
+            square = jnp.square(mean) / jnp.where(self.refreshed(curvature), slot, 1)
+            h = _relative(layer, jnp.maximum(h - square, 0))
         else:
-            h = _relative(layer, h / weight)
-        return h, slot, _relative(layer, s / weight)
+            h = _relative(layer, h)
+        return h, slot, _relative(layer, s)
 
     def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
         return (s + self.damping) * (h if layer.kind == "norm" else h + self.damping)
@@ -140,8 +140,9 @@ class Centered(Rule):
 
 def _inverse_rms(scale: Scale) -> jax.Array:
     """One over the running root mean square; 0 while that is 0."""
-    average = scale.square / jnp.where(scale.weight > 0, scale.weight, 1)
-    return jnp.where(average > 0, jax.lax.rsqrt(jnp.where(average > 0, average, 1)), 0)
+    good = scale.square > 0
+    square, weight = (jnp.where(good, x, 1) for x in scale[:2])
+    return jnp.where(good, jax.lax.rsqrt(square / weight), 0)
 
 
 def _relative(layer: Layer, values: jax.Array) -> jax.Array:

@@ -134,6 +134,7 @@ def test_a_control_takes_one_thing_away():
         "centered-constant": True,
         "nadamw-cut": True,
         "centered-no-cut": False,
+        "centered-directions=4": True,
         "nadamw": False,
     }.items(),
 )

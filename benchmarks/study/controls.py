@@ -1,9 +1,10 @@
-"""AdaFisher with one thing taken away or spoiled, to see what it earns.
+"""AdaFisher with one thing taken away, spoiled or set otherwise, to see what it earns.
 
 `centered-…`: without the input or the output factor, or either (`no-factors`); without centering;
 without the cut of the leading singular values (`no-cut`). Any rule: with factors that are constant,
 or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo. `nadamw-cut`: NAdam's
 steps through the rule with constant factors, of which its cut and the size of its steps are left.
+`centered-…=…`: one setting changed.
 """
 
 import functools
@@ -73,11 +74,15 @@ def edited(task, rate, weight_decay, rule, edit, before=None, **options):
     return of_transformation(tx, find_edited)
 
 
-def no_cut(task, rate, weight_decay, **options):
-    """Where no directions are kept there is nothing to cut."""
-    whole = optimizers.make("adafisher:centered", rate, task, weight_decay, **options)
-    without = mock.patch.object(spectrum, "DIRECTIONS", 0)
-    return Optimizer(*map(without, whole))
+def cut(task, rate, weight_decay, directions, **options):
+    """`"centered"` with another number of directions; where none are kept nothing is cut."""
+    whole = set_to(task, rate, weight_decay, **options)
+    patched = mock.patch.object(spectrum, "DIRECTIONS", directions)
+    return Optimizer(*map(patched, whole))
+
+
+def set_to(task, rate, weight_decay, **options):
+    return optimizers.make("adafisher:centered", rate, task, weight_decay, **options)
 
 
 EDITS = {
@@ -93,12 +98,26 @@ EDITS = {
     "official-shuffled": ("official", shuffled),
 }
 NADAM = optax.scale_by_adam(b2=0.99, nesterov=True)
+SETTINGS = {
+    "damping": (0.001, 0.1),
+    "curvature_ema": (0.8, 0.99),
+    "refresh_every": (10,),
+    "b1": (0.8, 0.95),
+    "directions": (4, 8, 32),
+}
 NAMES = {
-    "centered-no-cut": no_cut,
+    "centered-no-cut": functools.partial(cut, directions=0),
     "nadamw-cut": functools.partial(edited, rule="centered", edit=constant, before=NADAM, b1=0.0),
     **{
         name: functools.partial(edited, rule=rule, edit=edit)
         for name, (rule, edit) in EDITS.items()
+    },
+    **{
+        f"centered-{name}={value}": functools.partial(
+            cut if name == "directions" else set_to, **{name: value}
+        )
+        for name, values in SETTINGS.items()
+        for value in values
     },
 }
 

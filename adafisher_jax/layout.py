@@ -177,7 +177,7 @@ class Layer:
     def from_matrices(self, value: jax.Array) -> jax.Array:
         """The inverse of `to_matrices`."""
         order = (*self.blocks, *self.ins, *self.outs)
-        whole = {axis: value.shape[1 + (axis in self.outs)] > 1 for axis in order}
+        whole = {axis: value.shape[1 + (axis in self.outs)] != 1 for axis in order}
         sizes = [self.shape[i] if i in self.blocks or whole[i] else 1 for i in order]
         return value.reshape(sizes).transpose([order.index(i) for i in range(len(order))])
 

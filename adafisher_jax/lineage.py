@@ -230,7 +230,7 @@ def _unsharded(eqn: core.JaxprEqn, operands: Origins) -> Origins:
 _COMPUTED = "no layer of a known kind uses it as it is"
 _SAME = frozenset(
     "convert_element_type stop_gradient copy reduce_precision sharding_constraint "
-    "optimization_barrier name pvary pcast mesh_cast reshard layout_constraint".split()
+    "optimization_barrier name pvary pcast mesh_cast reshard layout_constraint device_put".split()
 )
 _REARRANGING = frozenset("reshape squeeze slice dynamic_slice gather rev broadcast_in_dim".split())
 _MOVING = frozenset("add sub add_any".split())

@@ -70,7 +70,8 @@ def scale_by_adafisher(
       rule: `"paper"`, `"official"` or `"centered"`.
       b1: decay β of the momentum.
       curvature_ema: decay γ of the factors' averages; None for the rule's default.
-      damping: λ (or τ); None for the rule's default.
+      damping: λ (or τ); None for the rule's default. Without any (0), entries whose Fisher term
+        is 0 are not stepped.
       mu_dtype: type the momentum is stored in; None for the parameters' own.
 
     Returns:
@@ -79,7 +80,7 @@ def scale_by_adafisher(
     Raises:
       ValueError: for an unknown rule, a negative damping or a decay outside [0, 1), and, from
         `init` and `update`, for a layout, factors or a state whose shapes are another model's.
-      TypeError: for a layout that is none, and, from `init`, a parameter that is not
+      TypeError: for a layout that is none, a `mu_dtype` or, from `init`, a parameter that is not
         floating-point.
 
     Example:
@@ -94,6 +95,8 @@ def scale_by_adafisher(
     check_fraction("b1", b1)
     if not isinstance(layout, Layout | None):
         raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout or None")
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.inexact):
+        raise TypeError(f"mu_dtype: got {jnp.dtype(mu_dtype)}, wanted a floating-point type")
     layers = layout.layers if layout is not None else ()
 
     def own_layers(leaves: dict[str, Any]) -> tuple[Layer, ...]:

@@ -182,8 +182,9 @@ class Window:
           ([1, 1, 1], [0, 7])
         """
         counts, phase = self.counts(), np.arange(self.inputs) % self.stride
-        repeated = [np.median(counts[:, phase == i], axis=1) for i in range(self.stride)]
-        regular = np.stack(repeated, axis=1).astype(counts.dtype)
+        regular = np.zeros((self.size, self.stride), counts.dtype)
+        for i in range(min(self.stride, self.inputs)):
+            regular[:, i] = np.median(counts[:, phase == i], axis=1)
         return regular, np.flatnonzero((counts != regular[:, phase]).any(axis=0))
 
 

@@ -73,6 +73,11 @@ def test_bad_settings(make, options, parts):
         make(LAYOUT, **options)
 
 
+def test_a_momentum_of_integers():
+    with says(TypeError, "mu_dtype", "int32", "floating-point"):
+        af.scale_by_adafisher(LAYOUT, mu_dtype=jnp.int32)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_extreme_settings_are_taken(rule):
     for options in ({"damping": 0}, {"damping": 0.0, "curvature_ema": 0.0}, {"damping": 1e9}):

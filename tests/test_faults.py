@@ -115,6 +115,33 @@ def test_a_batch_of_zeros_is_a_batch(rule, first):
 
 
 @any_rule
+def test_without_damping_an_input_that_is_always_zero_is_not_stepped(rule):
+    start, step = setting(rule, damping=0.0, weight_decay=0.0)
+    x = X.at[:, 0].set(0)
+    after = step(step(start, x), x)
+    assert_finite(after)
+    before, after = (carry[0][FIRST]["kernel"] for carry in (start, after))
+    equal(before[0], after[0])
+    assert np.any(before != after)
+
+
+@any_rule
+def test_a_layer_may_have_no_inputs(rule):
+    x, model = jnp.ones((4, 0)), nn.Dense(2, kernel_init=nn.initializers.zeros)
+    params = model.init(jax.random.key(0), x)
+
+    def loss(params, x):
+        return jnp.mean(jnp.square(model.apply(params, x) - 1))
+
+    layout = af.trace_layout(loss, params, x)
+    _, grads, factors = af.value_and_grad(loss, layout)(params, x)
+    tx = af.scale_by_adafisher(layout, rule=rule)
+    updates, _ = tx.update(grads, tx.init(params), factors=factors)
+    assert updates["params"]["kernel"].shape == (0, 2)
+    assert np.all(updates["params"]["bias"] < 0)
+
+
+@any_rule
 def test_an_empty_micro_batch_takes_no_part(rule):
     """Its loss is nan and its gradients are zeros; the averages stay, and nothing was skipped."""
     start, step = setting(rule)

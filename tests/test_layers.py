@@ -90,6 +90,7 @@ CONV = {
     "SAME strided": (Conv(3, (3, 3), strides=2), (2, 6, 5, 2)),
     "SAME, stride over kernel": (Conv(3, (2,), strides=3), (2, 8, 2)),
     "VALID strided": (Conv(3, (3, 2), strides=(2, 3), padding="VALID"), (2, 6, 5, 2)),
+    "stride over input": (Conv(3, (3, 3), strides=2), (2, 1, 1, 2)),
     "unread end": (Conv(3, (2,), strides=4, padding="VALID"), (2, 8, 2)),
     "SAME_LOWER": (Conv(3, (4,), strides=2, padding="SAME_LOWER"), (2, 7, 2)),
     "even kernel": (Conv(3, (4, 2)), (2, 5, 4, 2)),

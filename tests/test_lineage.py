@@ -96,6 +96,7 @@ HANDED_ON = {
     "transpose": (lambda w, x: used(w.transpose(2, 0, 1)), Origin(0, (2, 0, 1))),
     "transposed back": (lambda w, x: used(w.transpose(2, 0, 1).transpose(1, 2, 0)), whole()),
     "barrier": (lambda w, x: used(lax.optimization_barrier((x, w))[1]), whole()),
+    "put elsewhere": (lambda w, x: used(jax.device_put(w)), whole()),
     "second input": (lambda w, x: used(x), Origin(1, (0,))),
     # Combined with other arrays, element by element.
     "mask": (lambda w, x: used(w * jnp.ones((4, 3, 2))), whole(mixed=True)),

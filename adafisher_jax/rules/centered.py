@@ -75,7 +75,7 @@ class Centered(Rule):
         refreshed = self.refreshed(curvature)
         h, _, s = self.scaled(layer, curvature, centers)
         inverse_h, inverse_s = (
-            jax.lax.rsqrt(jnp.where(refreshed, x + self.damping, 1)) for x in (h, s)
+            _inverse_root(jnp.where(refreshed, x + self.damping, 1)) for x in (h, s)
         )
         mean = curvature.factor.mean / jnp.where(refreshed, curvature.slot, 1)
 
@@ -140,9 +140,14 @@ class Centered(Rule):
 
 def _inverse_rms(scale: Scale) -> jax.Array:
     """One over the running root mean square; 0 while that is 0."""
-    good = scale.square > 0
-    square, weight = (jnp.where(good, x, 1) for x in scale[:2])
-    return jnp.where(good, jax.lax.rsqrt(square / weight), 0)
+    return _inverse_root(scale.square, scale.weight)
+
+
+def _inverse_root(x: jax.Array, weight: Any = 1) -> jax.Array:
+    """One over the square root of `x / weight`; 0 where `x` is 0."""
+    good = x > 0
+    x, weight = (jnp.where(good, y, 1) for y in (x, weight))
+    return jnp.where(good, jax.lax.rsqrt(x / weight), 0)
 
 
 def _relative(layer: Layer, values: jax.Array) -> jax.Array:

@@ -157,7 +157,12 @@ def _divide(
         h, slot = jnp.split(h, 2, layer.axes.index("out0"))
     weight, bias = momentum
     if weight is not None:
-        weight = weight / (h * s + damping)
+        weight = _quotient(weight, h * s + damping)
     if bias is not None:
-        bias = bias / layer.to_bias(slot * s + damping)
+        bias = _quotient(bias, layer.to_bias(slot * s + damping))
     return Pair(weight, bias)
+
+
+def _quotient(x: jax.Array, by: jax.Array) -> jax.Array:
+    """`x / by`; 0 where that is 0, without damping."""
+    return jnp.where(by != 0, x / jnp.where(by != 0, by, 1), 0)

@@ -241,23 +241,26 @@ class Convolution:
             parts += [jnp.sum(function(x[..., i : i + 1, :]), batch) for i in edges]
             return jnp.concatenate(parts, axis=-2)
 
-        squares = self._gather(total(lambda x: jnp.square(_wide(x))), counts)
-        return jnp.maximum(squares, 0), self._gather(total(_wide), counts)
+        totals = jnp.stack([total(lambda x: jnp.square(_wide(x))), total(_wide)], axis=-2)
+        squares, sums = jnp.moveaxis(self._gather(totals, counts), -2, 0)
+        *space, channels = squares.shape
+        shape = (*space, 1, channels) if self.transposed else (*space, channels, 1)
+        return jnp.maximum(squares, 0).reshape(shape), sums.reshape(shape)
 
-    def _gather(self, total: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
-        """Sums a batch sum of the input into the kernel's in axes."""
-        *space, channels = total.shape
-        total = jnp.sum(total.reshape(*space, self.groups, channels // self.groups), axis=-2)
-        total = total / self.groups
+    def _gather(self, totals: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
+        """Sums batch sums of the input, (*positions, sums, channels), into the kernel's in axes."""
+        *space, channels = totals.shape
+        totals = totals.reshape(*space, self.groups, channels // self.groups)
+        totals = jnp.sum(totals, axis=-2) / self.groups
+        shape = totals.shape
         for axis, of_axis in enumerate(counts):
-            moved = jnp.tensordot(
-                jnp.asarray(of_axis, total.dtype),
-                total,
-                ((1,), (axis,)),
-                precision=jax.lax.Precision.HIGHEST,
-            )
-            total = jnp.moveaxis(moved, 0, axis)
-        return jnp.expand_dims(total, -2 if self.transposed else -1)
+            # As products of matrices that lie as they are, one for each position before this axis.
+            before = math.prod(totals.shape[:axis])
+            each = jnp.asarray(np.broadcast_to(of_axis, (before, *of_axis.shape)), totals.dtype)
+            rows = totals.reshape(before, totals.shape[axis], -1)
+            found = jnp.matmul(each, rows, precision=jax.lax.Precision.HIGHEST)
+            totals = found.reshape(*totals.shape[:axis], len(of_axis), *shape[axis + 1 :])
+        return totals
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         s = _sum_squares(g, range(g.ndim - 1))

@@ -11,22 +11,22 @@ from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale
 __all__ = ["Curvature", "Pair", "Rule", "Scale", "check_fraction", "make_rule"]
 
 # Each rule with its default averaging constant and damping.
-_RULES: dict[str, tuple[type[Rule], float, float]] = {
+RULES: dict[str, tuple[type[Rule], float, float]] = {
     "paper": (Paper, 0.8, 1e-3),
     "official": (Official, 0.8, 1e-3),
     "centered": (Centered, 0.95, 0.01),
 }
 
 
-def _register(rule: type[Rule]) -> None:
-    """As a pytree: `register_dataclass` would let JAX take one rule for another."""
+def register(rule: type[Rule]) -> None:
+    """Makes a rule a pytree: `register_dataclass` would let JAX take one for another."""
     jax.tree_util.register_pytree_node(
         rule, lambda one: ((one.ema, one.damping), None), lambda _, own: rule(*own)
     )
 
 
-for _rule, _, _ in _RULES.values():
-    _register(_rule)
+for _rule, _, _ in RULES.values():
+    register(_rule)
 
 
 def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
@@ -36,9 +36,9 @@ def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
       ValueError: for an unknown name, an averaging constant outside [0, 1) or a negative
         damping. Traced values are not checked.
     """
-    if name not in _RULES:
-        raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, _RULES))}")
-    rule, default_ema, default_damping = _RULES[name]
+    if name not in RULES:
+        raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, RULES))}")
+    rule, default_ema, default_damping = RULES[name]
     ema = default_ema if ema is None else ema
     damping = default_damping if damping is None else damping
     check_fraction("curvature_ema", ema)

@@ -4,7 +4,8 @@
 without the cut of the leading singular values (`no-cut`). Any rule: with factors that are constant,
 or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo. `nadamw-cut`: NAdam's
 steps through the rule with constant factors, of which its cut and the size of its steps are left.
-`centered-…=…`: one setting changed.
+`centered-…=…`: one setting changed; `exponent`, of the damped factors, is 1/2 otherwise.
+`centered-without=…`: layers of a kind, or the last dense one (`head`), stepped as if outside.
 """
 
 import functools
@@ -15,7 +16,8 @@ import numpy as np
 import optax
 
 import adafisher_jax as af
-from adafisher_jax import spectrum
+from adafisher_jax import rules, spectrum
+from adafisher_jax.rules.centered import Centered
 from examples.training import optimizers
 from examples.training.steps import Optimizer, of_factors, of_transformation
 
@@ -85,6 +87,40 @@ def set_to(task, rate, weight_decay, **options):
     return optimizers.make("adafisher:centered", rate, task, weight_decay, **options)
 
 
+class Raised(Centered):
+    """Divides by the damped factors to the power of `power`, through their square root."""
+
+    power = 0.5
+
+    def scaled(self, layer, curvature, centers):
+        h, slot, s = super().scaled(layer, curvature, centers)
+        return self._squared(h), slot, self._squared(s)
+
+    def _squared(self, x):
+        return (x + self.damping) ** (2 * self.power) - self.damping
+
+
+def raised(task, rate, weight_decay, exponent, **options):
+    rule = type("Raised", (Raised,), {"power": exponent})
+    rules.register(rule)
+    with mock.patch.dict(rules.RULES, centered=(rule, *rules.RULES["centered"][1:])):
+        return set_to(task, rate, weight_decay, **options)
+
+
+def outside(task, rate, weight_decay, without, **options):
+    """With some layers left out of the layout of the transformation."""
+    layers = task.layout.layers
+    if without == "head":
+        (*_, last) = (one for one in layers if one.kind == "dense" and "/" not in one.path)
+        left = [one for one in layers if one is not last]
+    else:
+        left = [one for one in layers if one.kind != without]
+    tx = af.adafisherw(
+        rate, af.Layout(tuple(left)), rule="centered", weight_decay=weight_decay, **options
+    )
+    return of_transformation(tx, of_factors(task, refresh_every=1))
+
+
 EDITS = {
     "centered-no-inputs": ("centered", no_inputs),
     "centered-no-outputs": ("centered", no_outputs),
@@ -104,7 +140,10 @@ SETTINGS = {
     "refresh_every": (10,),
     "b1": (0.8, 0.95),
     "directions": (4, 8, 32),
+    "exponent": (0.25, 1.0),
+    "without": ("embedding", "norm", "head"),
 }
+HOW = {"directions": cut, "exponent": raised, "without": outside}
 NAMES = {
     "centered-no-cut": functools.partial(cut, directions=0),
     "nadamw-cut": functools.partial(edited, rule="centered", edit=constant, before=NADAM, b1=0.0),
@@ -113,9 +152,7 @@ NAMES = {
         for name, (rule, edit) in EDITS.items()
     },
     **{
-        f"centered-{name}={value}": functools.partial(
-            cut if name == "directions" else set_to, **{name: value}
-        )
+        f"centered-{name}={value}": functools.partial(HOW.get(name, set_to), **{name: value})
         for name, values in SETTINGS.items()
         for value in values
     },

@@ -113,8 +113,11 @@ def value_and_grad(
     args: Any,
     kwargs: Any,
     form: Form = DIAGONAL,
+    when: Any = True,
 ) -> tuple[Any, Any, dict[str, Factor]]:
     """The value of `loss_fn(first, *args, **kwargs)`, its gradient and its layers' factors.
+
+    The factors are zeros of zero rows where `when` is false.
 
     Raises:
       TypeError: for a leaf of `first` that is not floating-point.
@@ -126,18 +129,18 @@ def value_and_grad(
     traced = _trace(loss_fn, first, *jax.tree.flatten((args, kwargs)))
     _check_same(layout, traced.uses.layout)
 
-    zeros = {
-        layer.path: _probe(layer, form.zeros(layer, layer.dtype(leaves))) for layer in layout.layers
-    }
+    zeros = {layer.path: form.zeros(layer, layer.dtype(leaves)) for layer in layout.layers}
     probes = {
-        position: zeros[path] for path, position in traced.uses.sources.items() if path in zeros
+        traced.uses.sources[layer.path]: _probe(layer, zeros[layer.path], when)
+        for layer in layout.layers
+        if layer.path in traced.uses.sources
     }
     completions = {
         place: completion
         for place, completion in traced.uses.completions.items()
         if completion.carrier.source in probes
     }
-    probed = insert_probes(traced.program, completions, probes, form.statistic)
+    probed = insert_probes(traced.program, completions, probes, form.statistic, when is not True)
 
     def loss(first: Any, probes: dict[int, Factor]) -> Any:
         return traced.result(probed(*jax.tree.leaves(first), *jax.tree.leaves(probes)))
@@ -145,10 +148,9 @@ def value_and_grad(
     value, (grads, sums) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(first, probes)
     positions = traced.uses.sources
     factors = {
-        layer.path: _means(
-            layer,
-            sums[positions[layer.path]] if layer.path in positions else zeros[layer.path],
-        )
+        layer.path: _means(layer, sums[positions[layer.path]])
+        if layer.path in positions
+        else zeros[layer.path]
         for layer in layout.layers
     }
     return value, grads, factors
@@ -158,6 +160,15 @@ def check_layout(layout: Any) -> None:
     """Raises TypeError for what is no `Layout`."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout")
+
+
+def check_when(when: Any) -> None:
+    """Raises TypeError for what is not one Boolean."""
+    if not isinstance(when, bool | jax.Array | np.ndarray | np.bool_):
+        raise TypeError(f"when: got {type(when).__name__}, wanted one Boolean")
+    shape, dtype = jnp.shape(when), jnp.result_type(when)
+    if shape or not jnp.issubdtype(dtype, jnp.bool_):
+        raise TypeError(f"when: got {dtype} of shape {shape}, wanted one Boolean")
 
 
 def _check_same(layout: Layout, met: Layout) -> None:
@@ -177,9 +188,10 @@ def _described(layer: Layer) -> str:
     return ", ".join(f"{leaf.shape} {leaf.axes}" for leaf in layer.leaves)
 
 
-def _probe(layer: Layer, zeros: Factor) -> Factor:
-    """Zeros beside a weight; `rows` has its rank, to be sliced with it."""
-    return zeros._replace(rows=zeros.rows.reshape(layer.stack_shape))
+def _probe(layer: Layer, zeros: Factor, when: Any) -> Factor:
+    """Zeros beside a weight; `rows` has its rank, to be sliced with it, and is 1 if not due."""
+    rows = zeros.rows.reshape(layer.stack_shape)
+    return zeros._replace(rows=jnp.where(when, rows, 1))
 
 
 def _means(layer: Layer, sums: Factor) -> Factor:

@@ -212,33 +212,6 @@ class Layout:
         outside = sum(row.leaf.size for row in self.uncovered)
         return inside / max(inside + outside, 1)
 
-    def zeros(self, params: Any) -> dict[str, Factor]:
-        """The factors of a step that finds none: zeros, of zero rows, which refresh nothing.
-
-        They let the branches of a `jax.lax.cond` return the same, where some steps capture
-        factors and others do not.
-
-        Args:
-          params: what the loss differentiates, or a tree with its paths and types.
-
-        Example:
-          >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
-          >>> model, x = nn.Dense(2), jnp.ones((4, 3))
-          >>> params = model.init(jax.random.key(0), x)
-          >>> layout = af.trace_layout(lambda p, x: model.apply(p, x).sum(), params, x)
-          >>> factor = layout.zeros(params)["params"]
-          >>> factor.h.shape, factor.s.shape, float(factor.rows)
-          ((3, 1), (1, 2), 0.0)
-        """
-        named = jax.tree_util.tree_leaves_with_path(params)
-        leaves = {path_of(keys): leaf for keys, leaf in named}
-        self.check_params(leaves)
-        return {
-            layer.path: layer.zeros(layer.dtype(leaves))
-            for layer in self.layers
-            if any(leaf.path in leaves for leaf in layer.leaves)
-        }
-
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Checks arrays by path against the layers.
 

@@ -46,7 +46,7 @@ def trace_layout(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwar
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], layout: Layout, has_aux: bool = False
+    loss_fn: Callable[..., Any], layout: Layout, has_aux: bool = False, *, when: Any = True
 ) -> Callable[..., Any]:
     """`jax.value_and_grad`, with the layers' factors from the same backward pass.
 
@@ -54,6 +54,8 @@ def value_and_grad(
       loss_fn: as in `trace_layout`; it returns a scalar, or `(scalar, aux)` with `has_aux`.
       layout: from `trace_layout`.
       has_aux: whether `loss_fn` returns auxiliary data.
+      when: whether there are factors, a Boolean or a scalar array, as of `step % 10 == 0`. Where it
+        is false they are zeros of zero rows, which refresh nothing, and cost nothing.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
@@ -63,6 +65,7 @@ def value_and_grad(
     Call it inside the jitted train step: called eagerly it traces the loss at every call.
 
     Raises:
+      TypeError: for a layout that is none, or a `when` that is not one Boolean.
       ValueError: from the returned function, if the layout is another model's or no layer of it
         was met.
 
@@ -77,10 +80,11 @@ def value_and_grad(
       ([1.0, 4.0, 9.0], [1.0, 1.0])
     """
     capture.check_layout(layout)
+    capture.check_when(when)
 
     def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check(params)
-        return capture.value_and_grad(loss_fn, layout, has_aux, params, args, kwargs)
+        return capture.value_and_grad(loss_fn, layout, has_aux, params, args, kwargs, when=when)
 
     return grad_fn
 

@@ -57,7 +57,7 @@ def trace_layout(
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], layout: Layout, has_aux: bool = False
+    loss_fn: Callable[..., Any], layout: Layout, has_aux: bool = False, *, when: Any = True
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad`, with the layers' factors from the same backward pass.
 
@@ -65,6 +65,7 @@ def value_and_grad(
       loss_fn: as in `trace_layout`; it returns a scalar, or `(scalar, aux)` with `has_aux`.
       layout: from `trace_layout`.
       has_aux: whether `loss_fn` returns auxiliary data.
+      when: whether there are factors; see `adafisher_jax.value_and_grad`.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
@@ -88,6 +89,7 @@ def value_and_grad(
       ([1.0, 4.0, 9.0], [1.0])
     """
     capture.check_layout(layout)
+    capture.check_when(when)
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         _check(model)
@@ -103,7 +105,7 @@ def value_and_grad(
                 return value, (changed, aux)
 
             (value, (changed, aux)), grads, factors = capture.value_and_grad(
-                loss, layout, True, params, (rest, args, kwargs), {}
+                loss, layout, True, params, (rest, args, kwargs), {}, when=when
             )
             return changed, ((value, aux) if has_aux else value, grads, factors)
 

@@ -56,6 +56,7 @@ def insert_probes(
     completions: Mapping[Place, Completion],
     probes: Mapping[int, Factor],
     statistic: Callable[[Statistic], Statistic],
+    waits: bool,
 ) -> Callable[..., list[Any]]:
     """The program as a function of its inputs and of probes.
 
@@ -64,6 +65,7 @@ def insert_probes(
       completions: what makes a tap of each mark, by its place; the other marks stay as they are.
       probes: zeros beside parameters, by the parameters' positions.
       statistic: of a mark's statistic, the one its tap is to have.
+      waits: whether the probes tell taps that they are not due, by a `rows` that is not zero.
 
     Returns:
       A function of the program's inputs, then the leaves of `probes`.
@@ -72,7 +74,7 @@ def insert_probes(
         Carrier(source, ()): [jax.typeof(part) for part in probe]
         for source, probe in sorted(probes.items())  # as jax.tree orders them
     }
-    threaded = _Threading(completions, statistic).program(program.jaxpr, (), avals)
+    threaded = _Threading(completions, statistic, waits).program(program.jaxpr, (), avals)
     return core.jaxpr_as_fun(program.replace(jaxpr=threaded))
 
 
@@ -84,9 +86,11 @@ class _Threading:
         self,
         completions: Mapping[Place, Completion],
         statistic: Callable[[Statistic], Statistic],
+        waits: bool,
     ):
         self.completions = completions
         self.statistic = statistic
+        self.waits = waits
         self.needed: dict[tuple[Place, int], set[Carrier]] = {}
         for place, completion in completions.items():
             for depth in range(1, len(place)):
@@ -102,7 +106,7 @@ class _Threading:
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*place, (index, 0))
             if here in self.completions:
-                own = self.statistic(eqn.params["statistic"])
+                own = {"statistic": self.statistic(eqn.params["statistic"]), "waits": self.waits}
                 eqns += _completed(eqn, self.completions[here], shadows, own)
             elif carriers := self.needed.get((place, index)):
                 eqns += self._entered(eqn, here, sorted(carriers), shadows)
@@ -157,12 +161,12 @@ def _completed(
     eqn: core.JaxprEqn,
     completion: Completion,
     shadows: Mapping[Carrier, Vars],
-    statistic: Statistic,
+    own: Mapping[str, Any],
 ) -> list[core.JaxprEqn]:
     """The tap, and before it what gives the probe the order of the parameter's axes."""
     carrier, parameter, axes = completion
-    own = [axis for axis in axes if axis is not None]
-    probe, moves = _transposed(shadows[carrier], [sorted(own).index(axis) for axis in own])
+    known = [axis for axis in axes if axis is not None]
+    probe, moves = _transposed(shadows[carrier], [sorted(known).index(axis) for axis in known])
     before = 2 + eqn.params["parameters"]  # what follows is the spent probe of a capture inside
     levels = []
     for level in reversed(eqn.params["levels"]):  # outermost first, as the axes go
@@ -172,7 +176,7 @@ def _completed(
                 taken = sum(axis is not None for axis in axes[:dim])
             axes = axes[:dim] + axes[dim + 1 :]
         levels.append((*level[:before], *(taken,) * _PARTS))
-    params = {**eqn.params, "statistic": statistic, "levels": tuple(reversed(levels))}
+    params = {**eqn.params, **own, "levels": tuple(reversed(levels))}
     return [*moves, eqn.replace(invars=[*eqn.invars[:before], *probe], params=params)]
 
 

@@ -80,7 +80,9 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
       >>> factor.h.ravel().tolist(), factor.s.ravel().tolist(), float(factor.rows)
       ([2.5, 0.5], [0.25, 0.25], 2.0)
     """
-    return tap_p.bind(y, x, *probe, statistic=statistic, use=None, parameters=0, levels=())
+    return tap_p.bind(
+        y, x, *probe, statistic=statistic, use=None, parameters=0, levels=(), waits=False
+    )
 
 
 def mark(
@@ -88,7 +90,9 @@ def mark(
 ) -> jax.Array:
     """Returns `y`, noting in the traced program that a layer computed it with `parameters`."""
     n = len(parameters)
-    return tap_p.bind(y, x, *parameters, statistic=statistic, use=use, parameters=n, levels=())
+    return tap_p.bind(
+        y, x, *parameters, statistic=statistic, use=use, parameters=n, levels=(), waits=False
+    )
 
 
 # Two primitives rather than a `custom_vjp`, so that forward-mode differentiation, and any number
@@ -97,7 +101,8 @@ def mark(
 # and whose transpose yields the statistics.
 #
 # Operands of `tap_p`: y, x, the layer's parameters (as many as `parameters` says), and the four
-# parts of the probe or nothing. Of `_tangent_p`: y, the probe, and the sums of the inputs.
+# parts of the probe or nothing. Of `_tangent_p`: y, the probe, the sums of the inputs and, of a tap
+# that `waits`, whether it is due: if its probe's `rows` are not zero, no statistics are computed.
 # `levels` holds, for each `vmap` around them, innermost first, the operands' mapped axes.
 
 tap_p = core.Primitive("adafisher_tap")
@@ -144,12 +149,21 @@ for _primitive in (tap_p, _tangent_p):
 
 
 def _tap_jvp(
-    primals: Any, tangents: Any, *, statistic: Statistic, parameters: int, levels: Levels, use: Any
+    primals: Any,
+    tangents: Any,
+    *,
+    statistic: Statistic,
+    parameters: int,
+    levels: Levels,
+    waits: bool,
+    use: Any,
 ) -> Any:
-    y = tap_p.bind(*primals, statistic=statistic, parameters=parameters, levels=levels, use=use)
+    rest = {"parameters": parameters, "levels": levels, "waits": waits, "use": use}
+    y = tap_p.bind(*primals, statistic=statistic, **rest)
     moving, still = (Operands.of(values, parameters) for values in (tangents, primals))
     if all(type(tangent) is ad.Zero for tangent in moving.probe):
         return y, moving.y
+    due = [jnp.all(Factor(*still.probe).rows == 0)] if waits else []
     of_inputs: Any = statistic.of_inputs
     for level in levels:
         if (axis := level[1]) is not None:
@@ -157,12 +171,12 @@ def _tap_jvp(
     linear = [ad.instantiate_zeros(moving.y)]
     linear += [_vary_like(ad.instantiate_zeros(part), y) for part in moving.probe]
     inner = tuple(
-        (of.y, *of.probe, *(None if of.x is None else 0,) * 2)
+        (of.y, *of.probe, *(None if of.x is None else 0,) * 2, *(None for _ in due))
         for level in levels
         for of in [Operands.of(level, parameters)]
     )
-    sums = of_inputs(still.x)
-    return y, _tangent_p.bind(*linear, *sums, statistic=statistic, levels=inner)
+    sums = _where_due(of_inputs, still.x, due=due)
+    return y, _tangent_p.bind(*linear, *sums, *due, statistic=statistic, levels=inner)
 
 
 def _tap_transpose(g: Any, y: Any, *rest: Any, **_: Any) -> list[Any]:
@@ -191,27 +205,36 @@ def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 def _tangent_transpose(
     g: Any, y: Any, *rest: Any, statistic: Statistic, levels: Levels
 ) -> list[Any]:
-    probe, sums = rest[:4], rest[4:]
+    probe, known = rest[:4], rest[4:]
     own = g if ad.is_undefined_primal(y) else None
+    nothing = [None for _ in known]
     if type(g) is ad.Zero or not ad.is_undefined_primal(probe[0]):
-        return [
-            own,
-            *(ad.Zero(p.aval) if ad.is_undefined_primal(p) else None for p in probe),
-            None,
-            None,
-        ]
+        zeros = [ad.Zero(p.aval) if ad.is_undefined_primal(p) else None for p in probe]
+        return [own, *zeros, *nothing]
     shapes = [_unmapped(p.aval.shape, [dims[i] for dims in levels]) for i, p in enumerate(probe, 1)]
 
-    def statistics(g: jax.Array, h: jax.Array, mean: jax.Array) -> list[jax.Array]:
+    def all_parts(g: jax.Array, h: jax.Array, mean: jax.Array) -> list[jax.Array]:
         s = statistic.of_cotangents(g)
         found = (h, s, jnp.full((), statistic.rows(g), s.dtype), mean)
         return [jnp.broadcast_to(v, shape) for v, shape in zip(found, shapes, strict=True)]
 
+    def statistics(g: jax.Array, h: jax.Array, mean: jax.Array, *due: jax.Array) -> Any:
+        return _where_due(all_parts, g, h, mean, due=due)
+
     for dims in levels:
         statistics = _mapped(statistics, dims)
-    found = [_vary_like(v, g) for v in statistics(g, *sums)]
+    found = [_vary_like(v, g) for v in statistics(g, *known)]
     found = [_typed_like(v, part.aval) for v, part in zip(found, probe, strict=True)]
-    return [own, *found, None, None]
+    return [own, *found, *nothing]
+
+
+def _where_due(fun: Callable[..., Any], *args: jax.Array, due: Sequence[jax.Array]) -> Any:
+    """`fun(*args)`; zeros, for which nothing is computed, where `due` has a false in it."""
+
+    def zeros(*args: jax.Array) -> Any:
+        return jax.tree.map(lambda found: jax.lax.full_like(found, 0), fun(*args))
+
+    return jax.lax.cond(due[0], fun, zeros, *args) if due else fun(*args)
 
 
 def _typed_like(value: jax.Array, aval: Any) -> jax.Array:
@@ -234,10 +257,10 @@ def _unmapped(shape: tuple[int, ...], axes: list[int | None]) -> list[int]:
 
 def _mapped(fun: Callable[..., list[jax.Array]], dims: tuple[int | None, ...]) -> Any:
     """`fun` under one `vmap`: what belongs to a probe that is not mapped is summed over it."""
-    y, *probe, h, mean = dims
+    y, probe, known = dims[0], dims[1:5], dims[5:]
 
     def mapped(*operands: jax.Array) -> list[jax.Array]:
-        found = jax.vmap(fun, in_axes=(y, h, mean))(*operands)
+        found = jax.vmap(fun, in_axes=(y, *known))(*operands)
         return [
             jnp.sum(v, axis=0) if axis is None else jnp.moveaxis(v, 0, axis)
             for v, axis in zip(found, probe, strict=True)

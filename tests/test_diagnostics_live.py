@@ -70,7 +70,7 @@ def trajectory(rule):
             # The step of a weight in centered coordinates has a share of its bias: here, none.
             grads["biased_column"]["bias"] = jnp.zeros(1)
             found = random_factors(rng, *ALL.values())
-            factors = found if refreshed else EVERY.zeros(params)  # of no rows
+            factors = found if refreshed else {x.path: x.zeros() for x in EVERY.layers}
             updates, state = update(grads, state, params, factors=factors)
             steps.append((grads, updates, inside(state), look(state, updates)))
     return params, steps

@@ -327,7 +327,7 @@ def test_the_functional_style_is_the_same():
 
 @pytest.mark.slow
 def test_one_program_with_a_schedule_equals_leaving_factors_out():
-    """Under `nnx.cond`; the dropout's random numbers go on in either branch."""
+    """The dropout's random numbers go on in either case."""
     model, x = random_model(lambda rngs: Block(rngs, dropout=0.5)), inputs_of(X)
     layout = af.nnx.trace_layout(loss_of, model, x)
     tx = af.adafisher(1e-2, layout, rule="centered")
@@ -335,12 +335,8 @@ def test_one_program_with_a_schedule_equals_leaving_factors_out():
 
     @nnx.jit
     def scheduled(model, optimizer, step):
-        _, grads, factors = nnx.cond(
-            (step < 2) | (step % 2 == 1),
-            lambda model: capture(model, x),
-            lambda model: (*plain(model, x), layout.zeros(nnx.state(model, nnx.Param))),
-            model,
-        )
+        due = (step < 2) | (step % 2 == 1)
+        _, grads, factors = af.nnx.value_and_grad(loss_of, layout, when=due)(model, x)
         optimizer.update(model, grads, factors=factors)
 
     @nnx.jit

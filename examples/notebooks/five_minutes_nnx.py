@@ -220,6 +220,5 @@ for every in (1, 5, 25):
 #
 # - [choosing_a_rule.py](choosing_a_rule.py): the three rules, their rates, and damping.
 # - [is_your_model_diagonal.py](is_your_model_diagonal.py): what the diagonals leave out.
-# - [refreshing.md](../../docs/refreshing.md): `nnx.cond`, for one compiled step that refreshes by
-#   a schedule.
+# - [refreshing.md](../../docs/refreshing.md): one compiled step that refreshes by a schedule.
 # - [checkpoints.md](../../docs/checkpoints.md): saving model and optimizer together.

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import adafisher_jax as af
@@ -63,21 +62,12 @@ def of_gradients(task: Task) -> Callable[..., Any]:
 
 def of_factors(task: Task, refresh_every: int) -> Callable[..., Any]:
     """The `find` of AdaFisher, with factors in every so-many-th step, the first included."""
-    with_factors = af.value_and_grad(task.loss, task.layout, has_aux=True)
-    without = jax.value_and_grad(task.loss, has_aux=True)
 
     def find(params, model_state, opt_state, batch, key):
-        def refresh():
-            return with_factors(params, model_state, batch, key)
-
-        def keep():
-            return *without(params, model_state, batch, key), task.layout.zeros(params)
-
-        if refresh_every == 1:
-            value, grads, factors = refresh()
-        else:
-            steps = optax.tree.get(opt_state, af.ScaleByAdaFisherState.__name__).count
-            value, grads, factors = jax.lax.cond(jnp.mod(steps, refresh_every) == 0, refresh, keep)
+        steps = optax.tree.get(opt_state, af.ScaleByAdaFisherState.__name__).count
+        due = refresh_every == 1 or steps % refresh_every == 0
+        with_factors = af.value_and_grad(task.loss, task.layout, has_aux=True, when=due)
+        value, grads, factors = with_factors(params, model_state, batch, key)
         return value, grads, {"factors": factors}
 
     return find

@@ -73,7 +73,7 @@ def _grids(arguments):
             for name in arguments.optimizers:
                 rates = plan.rates(name, arguments.rates)
                 steps = plan.steps(problem, batch, arguments.protocol, costs[name])
-                of_this = settings if name.startswith("adafisher") else {}
+                of_this = settings if name.startswith(("adafisher", "kfac")) else {}
                 grids[label, name] = plan.Grid(problem, name, batch, steps, rates, of_this)
     return grids
 

@@ -68,7 +68,7 @@ class Problem:
             outputs, _ = apply(params, model_state, batch.inputs, False)
             count = jnp.asarray(len(batch.inputs))
             sums = {"loss": count * self.loss(outputs, batch.targets), "count": count}
-            if self.loss is losses.cross_entropy:
+            if self.loss is classify:
                 right = (outputs.argmax(-1) == batch.targets).mean()
                 sums["accuracy"] = count * right
             return sums
@@ -138,11 +138,6 @@ def cifar(folder, train=10_000, test=MEASURED):
     return Data(split(found.train, train), split(found.test, test))
 
 
-def reconstruct(outputs, targets):
-    """Half the squared distance, the mean over examples."""
-    return 0.5 * jnp.square(outputs - targets).sum(-1).mean()
-
-
 def patches(folder):
     """Grey patches of 8 × 8, half as large as their standard deviation."""
 
@@ -171,7 +166,7 @@ def windows(train, held_out, level, length, limit=None):
 characters = functools.partial(windows, "tinyshakespeare.txt", "", "characters")
 words = functools.partial(windows, "wikitext2-valid.txt", "wikitext2-test.txt", "words")
 digit_images = functools.partial(digits, flat=False)
-classify = losses.cross_entropy
+classify, reconstruct = losses.cross_entropy, losses.squared_error
 DEEP, SHALLOW = (128, 64, 32, 16, 32, 64, 128), (256, 128, 32, 128, 256)
 CHARACTERS, WORDS = 66, 2000
 

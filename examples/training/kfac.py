@@ -1,5 +1,6 @@
 """kfac-jax's optimizer: a class that compiles its own step and wants to know of the loss."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,14 @@ def kfac(
     Its weight decay is coupled: part of the loss and of the curvature.
     """
     kfac_jax = compatibility.kfac()
+    unit_normal = functools.partial(kfac_jax.register_normal_predictive_distribution, variance=1.0)
+    reports = {
+        losses.cross_entropy: kfac_jax.register_softmax_cross_entropy_loss,
+        losses.squared_error: unit_normal,
+    }
 
     def loss(params, model_state, key, batch):
-        with losses.reported_to(kfac_jax.register_softmax_cross_entropy_loss):
+        with losses.reported_to(reports):
             return task.loss(params, model_state, batch, key)
 
     def value_and_grad(params, *args):

@@ -1,36 +1,45 @@
-"""The loss of classifiers and language models, known to the optimizers that ask for it."""
+"""Losses, known to the optimizers that ask for them."""
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-_report: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
-    "_report", default=None
-)
+Reports = Mapping[Callable[..., Any], Callable[..., Any]]
+_NONE: Reports = types.MappingProxyType({})
+_reports: contextvars.ContextVar[Reports] = contextvars.ContextVar("_reports", default=_NONE)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean over all labels, in float32; `labels` has all axes of `logits` but the last."""
     logits = logits.astype(jnp.float32)
-    if report := _report.get():
+    if report := _reports.get().get(cross_entropy):
         # K-FAC divides its sum by the number of examples, and a sequence has several labels.
         report(logits, labels, weight=len(labels) / labels.size)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Half the squared distance, the mean over examples, in float32."""
+    outputs = outputs.astype(jnp.float32)
+    if report := _reports.get().get(squared_error):
+        report(outputs, targets)
+    return 0.5 * jnp.square(outputs - targets).sum(-1).mean()
+
+
 @contextlib.contextmanager
-def reported_to(report: Callable[..., Any]) -> Iterator[None]:
-    """Where `report(logits, labels, weight=...)` is told of every cross-entropy that is traced.
+def reported_to(reports: Reports) -> Iterator[None]:
+    """Where a report is told of every such loss that is traced: of its arguments, and a weight.
 
     kfac-jax needs to know where the model's distribution is; the others do not care.
     """
-    token = _report.set(report)
+    token = _reports.set(reports)
     try:
         yield
     finally:
-        _report.reset(token)
+        _reports.reset(token)

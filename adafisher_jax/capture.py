@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend import core
 
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, path_of
+from adafisher_jax.layout import Layer, Layout, by_path
 from adafisher_jax.lineage import find_marks
 from adafisher_jax.probes import insert_probes
 from adafisher_jax.tap import Statistic
@@ -63,13 +63,14 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
         outputs = treedef, untraced
         return [leaf for leaf, t in zip(found, traced, strict=True) if t]
 
-    named, _ = jax.tree_util.tree_flatten_with_path(first)
-    for keys, leaf in named:
+    parameters, _ = by_path(first)
+    for path, leaf in parameters.items():
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise TypeError(
-                f"the parameter {path_of(keys)!r} is of type {jnp.result_type(leaf)}, wanted a "
+                f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
                 "floating-point array: pass integers as another argument of the loss"
             )
+    named, _ = jax.tree_util.tree_flatten_with_path(first)
     with watching():
         traced = jax.make_jaxpr(program)(first)
     treedef, untraced = outputs
@@ -123,8 +124,7 @@ def value_and_grad(
       TypeError: for a leaf of `first` that is not floating-point.
       ValueError: if the layout is another model's or another loss's.
     """
-    named, _ = jax.tree_util.tree_flatten_with_path(first)
-    leaves = {path_of(keys): leaf for keys, leaf in named}
+    leaves, _ = by_path(first)
     layout.check_params(leaves)
     traced = _trace(loss_fn, first, *jax.tree.flatten((args, kwargs)))
     _check_same(layout, traced.uses.layout)

@@ -25,6 +25,21 @@ def path_of(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
+    """A tree's leaves by path, in order, and its structure.
+
+    Raises:
+      ValueError: if two leaves have the same path.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    found = {path_of(keys): leaf for keys, leaf in leaves}
+    if len(found) < len(leaves):
+        paths = [path_of(keys) for keys, _ in leaves]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"two arrays have the same path {twice!r}: a key contains '/'")
+    return found, treedef
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One parameter array.

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, check_factors, path_of
+from adafisher_jax.layout import Layer, Layout, by_path, check_factors
 
 
 def accumulate(
@@ -63,9 +63,7 @@ def accumulate(
                 "params: got an nnx.Module, which a scan cannot carry: split it into parameters "
                 "and the rest, and merge them in the function that is accumulated"
             )
-        call = {"args": args, "kwargs": kwargs}
-        named, structure = jax.tree_util.tree_flatten_with_path(call)
-        leaves = {path_of(keys): leaf for keys, leaf in named}
+        leaves, structure = by_path({"args": args, "kwargs": kwargs})
         arrays = {p: leaf for p, leaf in leaves.items() if isinstance(leaf, jax.Array | np.ndarray)}
         k = _leading_axis(arrays)
         each = jnp.full(k, 1 / k) if weights is None else jnp.asarray(weights)

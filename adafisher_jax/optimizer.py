@@ -9,7 +9,7 @@ import optax
 
 from adafisher_jax import in_turn
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, check_factors, check_state, path_of
+from adafisher_jax.layout import Layer, Layout, by_path, check_factors, check_state
 from adafisher_jax.rules import Curvature, Pair, Rule, Scale, check_fraction, make_rule
 
 
@@ -104,7 +104,7 @@ def scale_by_adafisher(
         return tuple(x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
 
     def init_fn(params: optax.Params) -> ScaleByAdaFisherState:
-        leaves, _ = _by_path(params)
+        leaves, _ = by_path(params)
         for path, leaf in leaves.items():
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 raise TypeError(
@@ -143,7 +143,7 @@ def scale_by_adafisher(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdaFisherState]:
         del params, extra_args
-        grads, treedef = _by_path(updates)
+        grads, treedef = by_path(updates)
         check_state(state, jax.eval_shape(init_fn, updates))
         count = optax.safe_increment(state.count)
         if not grads:
@@ -241,17 +241,6 @@ def _step_alone(
 
 def _typed_like(wanted: Any, values: Any) -> Any:
     return jax.tree.map(lambda like, value: value.astype(like.dtype), wanted, values)
-
-
-def _by_path(tree: Any) -> tuple[dict[str, Any], Any]:
-    """A tree's leaves by path, in order, and its structure."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    found = {path_of(keys): leaf for keys, leaf in leaves}
-    if len(found) < len(leaves):
-        paths = [path_of(keys) for keys, _ in leaves]
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"two parameters have the same path {twice!r}: a key contains '/'")
-    return found, treedef
 
 
 def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> tuple[Any, Any]:

@@ -132,6 +132,9 @@ class _Reader:
             self.found.setdefault(main.position, []).append(found)
             for leaf in layer.leaves:
                 self.owners.setdefault(leaf.path, set()).add(main.position)
+        else:
+            for bias in parameters.values():
+                self.reasons[bias.position] = "the weight of its layer is no parameter"
 
     def _parameter(
         self, mark: Mark, use: Use, name: str, axes: Axes, origin: Origin | None

@@ -112,8 +112,10 @@ def test_an_integer_parameter_to_trace_layout(bad):
 
 
 def test_two_parameters_of_one_path():
-    with says(ValueError, "same path", "'a/b'", "'/'"):
-        af.scale_by_adafisher().init({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+    params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    for refuses in (af.scale_by_adafisher().init, lambda p: af.trace_layout(LOSS, p, X)):
+        with says(ValueError, "same path", "'a/b'", "'/'"):
+            refuses(params)
 
 
 def test_init_with_another_models_parameters():

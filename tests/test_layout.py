@@ -217,6 +217,12 @@ def test_uncovered_parameters_say_why():
     assert reasons["b"] == reasons["w"]  # a layer is covered as a whole
     assert "no layer" in reasons["spare"]
 
+    frozen = lambda p, x: jnp.mean(  # noqa: E731
+        nn.Dense(4).apply({"params": {"kernel": jnp.ones((3, 4)), "bias": p}}, x)
+    )
+    (alone,) = af.trace_layout(frozen, jnp.ones(4), x).uncovered
+    assert alone.reason == "the weight of its layer is no parameter"
+
     for model, word in ((Reshaped(), "rearrangement"), (Custom(), "derivative rule")):
         params = model.init(jax.random.key(0), x)["params"]
         loss = lambda p, x, model=model: jnp.mean(model.apply({"params": p}, x))  # noqa: E731

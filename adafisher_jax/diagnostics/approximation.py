@@ -11,7 +11,7 @@ import numpy as np
 from adafisher_jax.capture import check_layout
 from adafisher_jax.diagnostics.full_factors import FullFactor, choose, full_factors
 from adafisher_jax.diagnostics.pure import pure
-from adafisher_jax.layout import Layer, Layout, path_of
+from adafisher_jax.layout import Layer, Layout, by_path
 
 LARGEST = 2000  # parameters of a layer whose exact matrix is built unasked
 
@@ -131,7 +131,7 @@ def _gradients(loss: Any, params: Any, args: Any, kwargs: Any) -> dict[str, jax.
         return jax.grad(loss)(params, *args, **kwargs)
 
     found = jax.vmap(gradient)(*(leaves[i] for i in arrays))
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    return by_path(found)[0]
 
 
 def _compare(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.layout import path_of
+from adafisher_jax.layout import by_path
 
 LEAST = 1e-10  # of the largest variance, for a second one above round-off
 
@@ -101,7 +101,7 @@ def _checked(trajectories: Mapping[str, Sequence[Any]]) -> list[Any]:
         raise ValueError(f"trajectories: got {len(points)} points, wanted three or more")
     wanted = None
     for where, point in points:
-        leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(point)}
+        leaves, _ = by_path(point)
         shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
         wanted = wanted or shapes
         if shapes != wanted:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from adafisher_jax.capture import check_layout
-from adafisher_jax.layout import Layer, Layout, path_of
+from adafisher_jax.layout import Layer, Layout, by_path
 from adafisher_jax.optimizer import ScaleByAdaFisherState
 from adafisher_jax.rules import Curvature, Rule, Scale, make_rule
 
@@ -193,7 +193,7 @@ def _states(opt_state: Any) -> list[ScaleByAdaFisherState]:
 def _leaves(tree: Any) -> dict[str, jax.Array]:
     if isinstance(tree, nnx.Module):
         tree = nnx.state(tree, nnx.Param)
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return by_path(tree)[0]
 
 
 def _rms(x: jax.Array) -> jax.Array:

@@ -180,7 +180,10 @@ def test_types_are_stable_whatever_the_parameters_are(rule, dtype, mu_dtype):
     assert types(after) == types(state)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.mu)} == {jnp.dtype(mu_dtype or dtype)}
-    kept = state.factors, state.slots, state.scales
+    bases = {path: scale.basis for path, scale in state.scales.items()}
+    assert {leaf.dtype for leaf in jax.tree.leaves(bases)} <= {jnp.dtype(jnp.bfloat16)}
+    scales = {path: scale._replace(basis=None) for path, scale in state.scales.items()}
+    kept = state.factors, state.slots, scales
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.float32)}
 
 

@@ -16,7 +16,7 @@ from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, by_path
 from adafisher_jax.lineage import find_marks
 from adafisher_jax.probes import insert_probes
-from adafisher_jax.tap import Statistic
+from adafisher_jax.tap import Statistic, vary_like
 from adafisher_jax.uses import Uses, read_uses
 from adafisher_jax.watch import watching
 
@@ -25,7 +25,8 @@ class Form(NamedTuple):
     """Which form of a layer's statistics is captured, in place of the diagonals.
 
     Attributes:
-      zeros: of a layer and a type: its `Factor` in this form. Each part has the weight's rank.
+      zeros: of a layer and a type: its `Factor` in this form. Each part but `rows` has the
+        weight's rank.
       statistic: turns a layer's statistic into the one that yields this form.
     """
 
@@ -130,10 +131,11 @@ def value_and_grad(
     _check_same(layout, traced.uses.layout)
 
     zeros = {layer.path: form.zeros(layer, layer.dtype(leaves)) for layer in layout.layers}
+    positions = {} if when is False else traced.uses.sources
     probes = {
-        traced.uses.sources[layer.path]: _probe(layer, zeros[layer.path], when)
+        positions[layer.path]: _probe(layer, zeros[layer.path], when)
         for layer in layout.layers
-        if layer.path in traced.uses.sources
+        if layer.path in positions
     }
     completions = {
         place: completion
@@ -146,7 +148,6 @@ def value_and_grad(
         return traced.result(probed(*jax.tree.leaves(first), *jax.tree.leaves(probes)))
 
     value, (grads, sums) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(first, probes)
-    positions = traced.uses.sources
     factors = {
         layer.path: _means(layer, sums[positions[layer.path]])
         if layer.path in positions
@@ -162,13 +163,17 @@ def check_layout(layout: Any) -> None:
         raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout")
 
 
-def check_when(when: Any) -> None:
-    """Raises TypeError for what is not one Boolean."""
+def condition(when: Any) -> Any:
+    """A Python Boolean, or what is traced as it is.
+
+    Raises:
+      TypeError: for what is not one Boolean.
+    """
     if not isinstance(when, bool | jax.Array | np.ndarray | np.bool_):
         raise TypeError(f"when: got {type(when).__name__}, wanted one Boolean")
-    shape, dtype = jnp.shape(when), jnp.result_type(when)
-    if shape or not jnp.issubdtype(dtype, jnp.bool_):
-        raise TypeError(f"when: got {dtype} of shape {shape}, wanted one Boolean")
+    if not isinstance(when, bool) and (when.shape != () or when.dtype != np.bool_):
+        raise TypeError(f"when: got {when.dtype} of shape {when.shape}, wanted one Boolean")
+    return when if isinstance(when, jax.core.Tracer) else bool(when)
 
 
 def _check_same(layout: Layout, met: Layout) -> None:
@@ -190,8 +195,9 @@ def _described(layer: Layer) -> str:
 
 def _probe(layer: Layer, zeros: Factor, when: Any) -> Factor:
     """Zeros beside a weight; `rows` has its rank, to be sliced with it, and is 1 if not due."""
-    rows = zeros.rows.reshape(layer.stack_shape)
-    return zeros._replace(rows=jnp.where(when, rows, 1))
+    rows = jnp.where(when, zeros.rows.reshape(layer.stack_shape), 1)
+    # In a `shard_map` it is all parts or none that differ between devices, or are summed over them.
+    return Factor(*(vary_like(part, rows) for part in zeros._replace(rows=rows)))
 
 
 def _means(layer: Layer, sums: Factor) -> Factor:

@@ -55,7 +55,7 @@ def value_and_grad(
       layout: from `trace_layout`.
       has_aux: whether `loss_fn` returns auxiliary data.
       when: whether there are factors, a Boolean or a scalar array, as of `step % 10 == 0`. Where it
-        is false they are zeros of zero rows, which refresh nothing, and cost nothing.
+        is false they are zeros of zero rows, which refresh nothing, and none are computed.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
@@ -80,7 +80,7 @@ def value_and_grad(
       ([1.0, 4.0, 9.0], [1.0, 1.0])
     """
     capture.check_layout(layout)
-    capture.check_when(when)
+    when = capture.condition(when)
 
     def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check(params)

@@ -89,7 +89,7 @@ def value_and_grad(
       ([1.0, 4.0, 9.0], [1.0])
     """
     capture.check_layout(layout)
-    capture.check_when(when)
+    when = capture.condition(when)
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         _check(model)

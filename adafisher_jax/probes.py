@@ -56,7 +56,7 @@ def insert_probes(
     completions: Mapping[Place, Completion],
     probes: Mapping[int, Factor],
     statistic: Callable[[Statistic], Statistic],
-    waits: bool,
+    conditional: bool,
 ) -> Callable[..., list[Any]]:
     """The program as a function of its inputs and of probes.
 
@@ -65,7 +65,7 @@ def insert_probes(
       completions: what makes a tap of each mark, by its place; the other marks stay as they are.
       probes: zeros beside parameters, by the parameters' positions.
       statistic: of a mark's statistic, the one its tap is to have.
-      waits: whether the probes tell taps that they are not due, by a `rows` that is not zero.
+      conditional: whether a probe may tell its taps, by `rows` that are not zero, to find none.
 
     Returns:
       A function of the program's inputs, then the leaves of `probes`.
@@ -74,7 +74,7 @@ def insert_probes(
         Carrier(source, ()): [jax.typeof(part) for part in probe]
         for source, probe in sorted(probes.items())  # as jax.tree orders them
     }
-    threaded = _Threading(completions, statistic, waits).program(program.jaxpr, (), avals)
+    threaded = _Threading(completions, statistic, conditional).program(program.jaxpr, (), avals)
     return core.jaxpr_as_fun(program.replace(jaxpr=threaded))
 
 
@@ -86,11 +86,11 @@ class _Threading:
         self,
         completions: Mapping[Place, Completion],
         statistic: Callable[[Statistic], Statistic],
-        waits: bool,
+        conditional: bool,
     ):
         self.completions = completions
         self.statistic = statistic
-        self.waits = waits
+        self.conditional = conditional
         self.needed: dict[tuple[Place, int], set[Carrier]] = {}
         for place, completion in completions.items():
             for depth in range(1, len(place)):
@@ -106,7 +106,10 @@ class _Threading:
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*place, (index, 0))
             if here in self.completions:
-                own = {"statistic": self.statistic(eqn.params["statistic"]), "waits": self.waits}
+                own = {
+                    "statistic": self.statistic(eqn.params["statistic"]),
+                    "conditional": self.conditional,
+                }
                 eqns += _completed(eqn, self.completions[here], shadows, own)
             elif carriers := self.needed.get((place, index)):
                 eqns += self._entered(eqn, here, sorted(carriers), shadows)

@@ -254,7 +254,7 @@ class Convolution:
         totals = jnp.sum(totals, axis=-2) / self.groups
         shape = totals.shape
         for axis, of_axis in enumerate(counts):
-            # As products of matrices that lie as they are, one for each position before this axis.
+            # One product for each position before this axis: so nothing has to be transposed.
             before = math.prod(totals.shape[:axis])
             each = jnp.asarray(np.broadcast_to(of_axis, (before, *of_axis.shape)), totals.dtype)
             rows = totals.reshape(before, totals.shape[axis], -1)

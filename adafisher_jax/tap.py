@@ -81,7 +81,7 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
       ([2.5, 0.5], [0.25, 0.25], 2.0)
     """
     return tap_p.bind(
-        y, x, *probe, statistic=statistic, use=None, parameters=0, levels=(), waits=False
+        y, x, *probe, statistic=statistic, use=None, parameters=0, levels=(), conditional=False
     )
 
 
@@ -91,7 +91,7 @@ def mark(
     """Returns `y`, noting in the traced program that a layer computed it with `parameters`."""
     n = len(parameters)
     return tap_p.bind(
-        y, x, *parameters, statistic=statistic, use=use, parameters=n, levels=(), waits=False
+        y, x, *parameters, statistic=statistic, use=use, parameters=n, levels=(), conditional=False
     )
 
 
@@ -101,8 +101,8 @@ def mark(
 # and whose transpose yields the statistics.
 #
 # Operands of `tap_p`: y, x, the layer's parameters (as many as `parameters` says), and the four
-# parts of the probe or nothing. Of `_tangent_p`: y, the probe, the sums of the inputs and, of a tap
-# that `waits`, whether it is due: if its probe's `rows` are not zero, no statistics are computed.
+# parts of the probe or nothing. Of `_tangent_p`: y, the probe, the sums of the inputs and, if it is
+# `conditional`, whether it is due: if its probe's `rows` are not zero, no statistics are computed.
 # `levels` holds, for each `vmap` around them, innermost first, the operands' mapped axes.
 
 tap_p = core.Primitive("adafisher_tap")
@@ -155,21 +155,21 @@ def _tap_jvp(
     statistic: Statistic,
     parameters: int,
     levels: Levels,
-    waits: bool,
+    conditional: bool,
     use: Any,
 ) -> Any:
-    rest = {"parameters": parameters, "levels": levels, "waits": waits, "use": use}
+    rest = {"parameters": parameters, "levels": levels, "conditional": conditional, "use": use}
     y = tap_p.bind(*primals, statistic=statistic, **rest)
     moving, still = (Operands.of(values, parameters) for values in (tangents, primals))
     if all(type(tangent) is ad.Zero for tangent in moving.probe):
         return y, moving.y
-    due = [jnp.all(Factor(*still.probe).rows == 0)] if waits else []
+    due = [jnp.all(Factor(*still.probe).rows == 0)] if conditional else []
     of_inputs: Any = statistic.of_inputs
     for level in levels:
         if (axis := level[1]) is not None:
             of_inputs = jax.vmap(of_inputs, in_axes=axis)
     linear = [ad.instantiate_zeros(moving.y)]
-    linear += [_vary_like(ad.instantiate_zeros(part), y) for part in moving.probe]
+    linear += [vary_like(ad.instantiate_zeros(part), y) for part in moving.probe]
     inner = tuple(
         (of.y, *of.probe, *(None if of.x is None else 0,) * 2, *(None for _ in due))
         for level in levels
@@ -187,7 +187,7 @@ def _tap_transpose(g: Any, y: Any, *rest: Any, **_: Any) -> list[Any]:
     ]
 
 
-def _vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
+def vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
     """In a `shard_map`, lets a value differ between devices as another does.
 
     The gradient of a value that is the same on all devices is then their sum.
@@ -223,15 +223,15 @@ def _tangent_transpose(
 
     for dims in levels:
         statistics = _mapped(statistics, dims)
-    found = [_vary_like(v, g) for v in statistics(g, *known)]
+    found = [vary_like(v, g) for v in statistics(g, *known)]
     found = [_typed_like(v, part.aval) for v, part in zip(found, probe, strict=True)]
     return [own, *found, *nothing]
 
 
 def _where_due(fun: Callable[..., Any], *args: jax.Array, due: Sequence[jax.Array]) -> Any:
-    """`fun(*args)`; zeros, for which nothing is computed, where `due` has a false in it."""
+    """`fun(*args)`; where there is a `due` and it is false, zeros, and nothing is computed."""
 
-    def zeros(*args: jax.Array) -> Any:
+    def zeros(*args: jax.Array) -> Any:  # what `fun` computes here gives types, and is dropped
         return jax.tree.map(lambda found: jax.lax.full_like(found, 0), fun(*args))
 
     return jax.lax.cond(due[0], fun, zeros, *args) if due else fun(*args)

@@ -48,7 +48,7 @@ LOSSES = {how: loss for how, (loss, _) in PROGRAMS.items() if "twice" not in how
 LONG = [how for how in LOSSES if how not in ("jit", "vjp", "shard_map", "pmap", "debugging")]
 
 
-def check(loss_fn, params, x, **options):
+def check(loss_fn, params, x):
     layout = af.trace_layout(loss_fn, params, x)
     value, grads, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, x)
     program = sometimes(loss_fn, layout)

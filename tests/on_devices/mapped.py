@@ -6,6 +6,7 @@ Run by `tests/test_devices.py`, in a process that has eight devices.
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -84,6 +85,33 @@ def test_a_mean_inside_the_loss_gives_what_one_device_does(x64):
         return af.value_and_grad(lambda p, x: pmean(local(p, x)), task.layout)(params, x)
 
     assert_equal(fast_jit(mapped)(task.params, task.batches[0]), on_the_whole_batch())
+
+
+def test_devices_may_differ_in_whether_they_have_factors(x64):
+    """Then each has its own, checked by JAX or not."""
+    task, due = TASK(), jnp.arange(N) % 3 == 0
+
+    def found(check_vma):
+        def one(due, params, x):
+            loss = lambda p, x: pmean(local(p, x))  # noqa: E731
+            *_, factors = af.value_and_grad(loss, task.layout, when=due[0])(params, x)
+            return jax.tree.map(lambda a: a[None], factors)
+
+        mapped = jax.shard_map(
+            one,
+            mesh=jax.make_mesh((N,), ("data",), (jax.sharding.AxisType.Auto,)),
+            in_specs=(P("data"), P(), P("data")),
+            out_specs=P("data"),
+            check_vma=check_vma,
+        )
+        return fast_jit(mapped)(due, task.params, task.batches[0])
+
+    checked, unchecked = found(True), found(False)  # whose cotangents are N times as large
+    for factor in checked.values():
+        for part in factor[:3]:
+            some = (part != 0).reshape(N, -1).any(1)
+            assert some.tolist() == due.tolist()
+    assert_close(change(checked, s=N**2), unchecked, 1e-9)
 
 
 def averaged(grad_fn):

@@ -13,14 +13,16 @@ from benchmarks.study.trial import Trial
 
 PROTOCOLS = "steps", "epochs", "time"
 # Half-decades, as many for each optimizer. Steps as long as gradients want larger ones, as do
-# Adafactor's, relative to a weight's size; K-FAC's inverse lengthens steps, and "official" divides
-# an average of gradients, where momentum SGD takes ten times that, by little but 1e-3.
+# Adafactor's, relative to a weight's size, and AdaHessian's; K-FAC's inverse lengthens steps, and
+# "official" divides an average of gradients, where momentum SGD takes ten times that, by little
+# but 1e-3.
 RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 LARGER = [1e-2, 3e-2, 1e-1, 3e-1, 1e0]
 SMALLER = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 RATES_OF = {
     "sgd": LARGER,
     "adafactor": LARGER,
+    "adahessian": LARGER,
     "kfac": SMALLER,
     "adafisher:official": SMALLER,
 }

@@ -134,7 +134,7 @@ class _Reader:
                 self.owners.setdefault(leaf.path, set()).add(main.position)
         else:
             for bias in parameters.values():
-                self.reasons[bias.position] = "the weight of its layer is no parameter"
+                self.reasons[bias.position] = "the weight of its layer is no parameter as it is"
 
     def _parameter(
         self, mark: Mark, use: Use, name: str, axes: Axes, origin: Origin | None

@@ -329,7 +329,11 @@ class Own(nn.Module):
 
 
 UNCOVERED = {
-    "WeightNorm": {"WeightNorm_0/wrapped/kernel/scale": "known", "wrapped/": "known"},
+    "WeightNorm": {
+        "WeightNorm_0/wrapped/kernel/scale": "known",
+        "wrapped/kernel": "known",
+        "wrapped/bias": "the weight of its layer",
+    },
     "SpectralNorm": {"wrapped/": "transformed"},
     "PReLU": {"prelu/negative_slope": "no layer of a known kind uses it"},
     "own": {"own/kernel": "no layer", "own/gain": "no layer"},

@@ -221,7 +221,7 @@ def test_uncovered_parameters_say_why():
         nn.Dense(4).apply({"params": {"kernel": jnp.ones((3, 4)), "bias": p}}, x)
     )
     (alone,) = af.trace_layout(frozen, jnp.ones(4), x).uncovered
-    assert alone.reason == "the weight of its layer is no parameter"
+    assert alone.reason == "the weight of its layer is no parameter as it is"
 
     for model, word in ((Reshaped(), "rearrangement"), (Custom(), "derivative rule")):
         params = model.init(jax.random.key(0), x)["params"]

@@ -115,6 +115,15 @@ def test_nothing_is_computed_where_it_is_not_due(x):
     assert sorted(seen) == ["of_cotangents"] * count + ["of_inputs"] * count
 
 
+@pytest.mark.parametrize("when", [False, np.bool_(True), np.array(False)])
+def test_what_is_known_when_tracing_leaves_no_branch(when, x):
+    params, loss_fn = random_params(Layers(), x), loss_of(Layers())
+    grad_fn = af.value_and_grad(loss_fn, af.trace_layout(loss_fn, params, x), when=when)
+    assert "cond[" not in str(jax.make_jaxpr(grad_fn)(params, x))
+    *_, factors = fast_jit(grad_fn)(params, x)
+    assert all((factor.rows > 0).all() == when for factor in factors.values())
+
+
 def test_it_may_differ_between_mapped_examples(x):
     params, loss_fn = random_params(Block(), x), loss_of(Block())
     program = sometimes(loss_fn, af.trace_layout(loss_fn, params, x))

@@ -3,23 +3,22 @@
 `centered-…`: without the input or the output factor, or either (`no-factors`); without centering;
 without the cut of the leading singular values (`no-cut`). Any rule: with factors that are constant,
 or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo. `nadamw-cut`: NAdam's
-steps through the rule with constant factors, of which its cut and the size of its steps are left.
-`centered-…=…`: one setting changed; `exponent`, of the damped factors, is 1/2 otherwise.
-`centered-without=…`: layers of a kind, or the last dense one (`head`), stepped as if outside.
+steps through the rule with constant factors, of which its cut and the size of its steps are left;
+`nadamw-centered`: NAdam in the coordinates of the rule. `centered-…=…`, `centered-clipped` and so
+on: the rule in other ways (`benchmarks/study/variants.py`).
 """
 
 import functools
-from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import adafisher_jax as af
-from adafisher_jax import rules, spectrum
-from adafisher_jax.rules.centered import Centered
+from benchmarks.study import variants
+from benchmarks.study.coordinates import of_centered_inputs
 from examples.training import optimizers
-from examples.training.steps import Optimizer, of_factors, of_transformation
+from examples.training.steps import of_factors, of_transformation
 
 
 def no_inputs(factor):
@@ -76,48 +75,9 @@ def edited(task, rate, weight_decay, rule, edit, before=None, **options):
     return of_transformation(tx, find_edited)
 
 
-def cut(task, rate, weight_decay, directions, **options):
-    """`"centered"` with another number of directions; where none are kept nothing is cut."""
-    whole = set_to(task, rate, weight_decay, **options)
-    patched = mock.patch.object(spectrum, "DIRECTIONS", directions)
-    return Optimizer(*map(patched, whole))
-
-
-def set_to(task, rate, weight_decay, **options):
-    return optimizers.make("adafisher:centered", rate, task, weight_decay, **options)
-
-
-class Raised(Centered):
-    """Divides by the damped factors to the power of `power`, through their square root."""
-
-    power = 0.5
-
-    def scaled(self, layer, curvature, centers):
-        h, slot, s = super().scaled(layer, curvature, centers)
-        return self._squared(h), slot, self._squared(s)
-
-    def _squared(self, x):
-        return (x + self.damping) ** (2 * self.power) - self.damping
-
-
-def raised(task, rate, weight_decay, exponent, **options):
-    rule = type("Raised", (Raised,), {"power": exponent})
-    rules.register(rule)
-    with mock.patch.dict(rules.RULES, centered=(rule, *rules.RULES["centered"][1:])):
-        return set_to(task, rate, weight_decay, **options)
-
-
-def outside(task, rate, weight_decay, without, **options):
-    """With some layers left out of the layout of the transformation."""
-    layers = task.layout.layers
-    if without == "head":
-        (*_, last) = (one for one in layers if one.kind == "dense" and "/" not in one.path)
-        left = [one for one in layers if one is not last]
-    else:
-        left = [one for one in layers if one.kind != without]
-    tx = af.adafisherw(
-        rate, af.Layout(tuple(left)), rule="centered", weight_decay=weight_decay, **options
-    )
+def centered_nadamw(task, rate, weight_decay, **options):
+    nadamw = optax.nadamw(rate, b2=0.99, weight_decay=weight_decay, **options)
+    tx = of_centered_inputs(task.layout, nadamw)
     return of_transformation(tx, of_factors(task, refresh_every=1))
 
 
@@ -134,28 +94,15 @@ EDITS = {
     "official-shuffled": ("official", shuffled),
 }
 NADAM = optax.scale_by_adam(b2=0.99, nesterov=True)
-SETTINGS = {
-    "damping": (0.001, 0.1),
-    "curvature_ema": (0.8, 0.99),
-    "refresh_every": (10,),
-    "b1": (0.8, 0.95),
-    "directions": (4, 8, 32),
-    "exponent": (0.25, 1.0),
-    "without": ("embedding", "norm", "head"),
-}
-HOW = {"directions": cut, "exponent": raised, "without": outside}
 NAMES = {
-    "centered-no-cut": functools.partial(cut, directions=0),
+    "centered-no-cut": functools.partial(variants.cut, directions=0),
     "nadamw-cut": functools.partial(edited, rule="centered", edit=constant, before=NADAM, b1=0.0),
+    "nadamw-centered": centered_nadamw,
     **{
         name: functools.partial(edited, rule=rule, edit=edit)
         for name, (rule, edit) in EDITS.items()
     },
-    **{
-        f"centered-{name}={value}": functools.partial(HOW.get(name, set_to), **{name: value})
-        for name, values in SETTINGS.items()
-        for value in values
-    },
+    **{f"centered-{name}": variant for name, variant in variants.NAMES.items()},
 }
 
 

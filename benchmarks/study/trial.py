@@ -17,8 +17,20 @@ from benchmarks.study import controls
 from benchmarks.study.problems import PROBLEMS, in_order
 from examples.training import divergence
 
-WARM_UP = 0.05  # share of the steps, after which the rate falls along a cosine
 POINTS = 25  # of a curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A rate that rises for a share of the steps, then falls along a cosine."""
+
+    rate: Any
+    steps: int
+    warm_up: float = 0.05
+
+    def __call__(self, step: Any) -> Any:
+        rising = int(self.warm_up * self.steps)
+        return self.rate * optax.warmup_cosine_decay_schedule(0.0, 1.0, rising, self.steps)(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +70,9 @@ def _data(problem, folder):
 def _programs(problem, optimizer, steps, batch, options, folder):
     """An optimizer's start and step, compiled once for all learning rates and seeds."""
     task = PROBLEMS[problem].task(problem, _data(problem, folder), batch, seed=0)
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, int(WARM_UP * steps), steps)
 
     def at(rate):
-        return controls.make(optimizer, lambda step: rate * shape(step), task, **dict(options))
+        return controls.make(optimizer, Schedule(rate, steps), task, **dict(options))
 
     if optimizer == "kfac":  # compiles its own step, of which the rate is a constant
         at = functools.cache(at)

@@ -64,10 +64,13 @@ def of_factors(task: Task, refresh_every: int) -> Callable[..., Any]:
     """The `find` of AdaFisher, with factors in every so-many-th step, the first included."""
 
     def find(params, model_state, opt_state, batch, key):
-        steps = optax.tree.get(opt_state, af.ScaleByAdaFisherState.__name__).count
-        due = refresh_every == 1 or steps % refresh_every == 0
+        due = refresh_every == 1 or _steps(opt_state) % refresh_every == 0
         with_factors = af.value_and_grad(task.loss, task.layout, has_aux=True, when=due)
         value, grads, factors = with_factors(params, model_state, batch, key)
         return value, grads, {"factors": factors}
 
     return find
+
+
+def _steps(opt_state: Any) -> Any:
+    return optax.tree.get(opt_state, af.ScaleByAdaFisherState.__name__).count

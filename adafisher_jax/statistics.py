@@ -221,6 +221,9 @@ class Convolution:
         return ("out0",)
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if not self.windows:  # then there is one position
+            point = dataclasses.replace(self, windows=(Window(1, 1, 1),))
+            return jax.tree.map(lambda found: found[0], point.of_inputs(x[..., None, :]))
         *others, last = self.windows
         batch = tuple(range(x.ndim - len(self.windows) - 1))
         counts = [window.counts() for window in others]

@@ -82,6 +82,8 @@ EINSUM = {
 }
 
 CONV = {
+    "no space": (Conv(3, ()), (5, 2)),
+    "no space, grouped": (Conv(4, (), feature_group_count=2), (5, 4)),
     "1-D": (Conv(3, (3,)), (2, 6, 2)),
     "int kernel size": (Conv(3, 3), (2, 6, 2)),
     "2-D": (Conv(3, (3, 2)), (2, 5, 4, 2)),

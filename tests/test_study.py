@@ -219,6 +219,101 @@ def test_a_control_leaves_layers_outside(without, left):
     assert all(jax.tree.leaves(moved))
 
 
+def first_step(name, model, x):
+    """What a control's first step adds to the parameters, at a rate of one; and the gradient."""
+    task, params = task_of(model, x)
+    optimizer = controls.make(name, trial.Schedule(1.0, 100, warm_up=0.0), task)
+    grad = jax.grad(lambda p: task.loss(p, {}, (x,), None)[0])(params)
+    before = jax.tree.map(np.array, params)
+    state = optimizer.init(params, {}, (x,), None)
+    after, *_ = optimizer.step(params, {}, state, (x,), None)
+    return jax.tree.map(np.subtract, after, before), grad
+
+
+INPUTS = 1 + jax.random.normal(jax.random.key(1), (40, 8))
+
+
+def test_damping_by_clipping_leaves_larger_factors_as_they_are():
+    x = jax.random.normal(jax.random.key(1), (6, 3)) * jnp.array([[0.01, 1.0, 2.0]])
+    step, grad = first_step("centered-clipped", nn.Dense(1, use_bias=False), x)
+    (ratio,) = jax.tree.leaves(jax.tree.map(np.divide, step, grad))
+    h = np.square(x).mean(0)
+    expected = np.maximum(h / h.mean(), 0.01) ** -0.5
+    np.testing.assert_allclose(ratio[:, 0] / ratio[0, 0], expected / expected[0], rtol=1e-4)
+
+
+def test_a_whole_spectrum_is_made_flat():
+    step, _ = first_step("centered-whole", nn.Dense(6), INPUTS)
+    values = np.linalg.svd(step["kernel"], compute_uv=False)
+    np.testing.assert_allclose(values, values[0], rtol=1e-3)
+
+
+def test_grafted_steps_are_as_long_as_those_of_nadamw():
+    model = nn.Dense(6)
+    (step, _), (other, _), (whole, _) = (
+        first_step(name, model, INPUTS)
+        for name in ("centered-grafted", "nadamw", "adafisher:centered")
+    )
+    for mine, nadamw, centered in zip(*map(jax.tree.leaves, (step, other, whole)), strict=True):
+        np.testing.assert_allclose(np.linalg.norm(mine), np.linalg.norm(nadamw), rtol=1e-3)
+        np.testing.assert_allclose(
+            mine / np.linalg.norm(mine), centered / np.linalg.norm(centered), rtol=1e-3, atol=1e-5
+        )
+
+
+def test_signed_steps_are_all_as_large():
+    step, _ = first_step("centered-signed", nn.Dense(6), INPUTS)
+    whole, _ = first_step("adafisher:centered", nn.Dense(6), INPUTS)
+    for mine, centered in zip(*map(jax.tree.leaves, (step, whole)), strict=True):
+        np.testing.assert_allclose(mine, 0.2 * np.sign(centered), rtol=1e-4)
+
+
+def test_nadamw_is_put_into_centered_coordinates():
+    """Its first step there has the sign of each entry of the gradient."""
+    step, grad = first_step("nadamw-centered", nn.Dense(6), INPUTS)
+    mean = np.asarray(INPUTS.mean(0))
+    moved = grad["kernel"] - np.outer(mean, grad["bias"])
+    size = np.abs(step["kernel"]).max()
+    np.testing.assert_allclose(step["kernel"], -size * np.sign(moved), rtol=1e-3)
+    bias = -size * np.sign(grad["bias"]) - mean @ step["kernel"]
+    np.testing.assert_allclose(step["bias"], bias, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), {"centered-warm_up=0.0": 1.0, "centered-warm_up=0.2": 0.0}.items()
+)
+def test_a_control_has_a_warm_up_of_its_own(name, scale):
+    step, _ = first_step(name, nn.Dense(6), INPUTS)
+    whole, _ = first_step("adafisher:centered", nn.Dense(6), INPUTS)
+    np.testing.assert_allclose(step["kernel"], scale * whole["kernel"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.1])
+def test_a_control_decays_weights(decay):
+    model = nn.Dense(6)
+    step, _ = first_step(f"centered-decay={decay}", model, INPUTS)
+    whole, _ = first_step("adafisher:centered", model, INPUTS)
+    _, params = task_of(model, INPUTS)
+    expected = whole["kernel"] - decay * params["kernel"]
+    np.testing.assert_allclose(step["kernel"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_control_steps_without_nesterov_or_an_average_of_sizes():
+    x, third = INPUTS[:, :3], {}
+    for name in ("adafisher:centered", "centered-nesterov=False", "centered-b2=0.0"):
+        task, params = task_of(nn.Dense(1, use_bias=False), x)
+        optimizer = controls.make(name, trial.Schedule(1.0, 100, warm_up=0.0), task)
+        state = optimizer.init(params, {}, (x,), None)
+        for _ in range(3):
+            before = jax.tree.map(np.array, params)
+            params, _, state, *_ = optimizer.step(params, {}, state, (x,), None)
+        (third[name],) = jax.tree.leaves(jax.tree.map(np.subtract, params, before))
+    rms = {name: np.sqrt(np.square(step).mean()) for name, step in third.items()}
+    assert rms["centered-b2=0.0"] == pytest.approx(0.2, rel=1e-2)
+    assert rms["adafisher:centered"] != pytest.approx(0.2, rel=1e-2)
+    assert not np.allclose(third["centered-nesterov=False"], third["adafisher:centered"], rtol=0.01)
+
+
 ELSEWHERE = "centered-without=embedding", "centered-without=norm"  # an MLP has none
 
 

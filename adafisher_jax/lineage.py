@@ -18,6 +18,8 @@ from jax.extend import core
 
 from adafisher_jax.tap import Operands, tap_p
 
+RECOMPUTED = "checkpoint, again"
+
 Place = tuple[tuple[int, int], ...]
 """Of an equation: in its program, and in those around it, its index and which body it is in."""
 
@@ -71,7 +73,8 @@ class Mark(NamedTuple):
       use: what the adapter called it.
       origins: of its parameters; `None` for what is no parameter of the loss.
       place: of its equation.
-      inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first.
+      inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first; `RECOMPUTED`
+        for a `jax.checkpoint` that a gradient inside the program computes again.
       axes: for each axis that its parameters have in the program, the source's axis it is, as in
         an origin; `vmap`s around the mark take some of them.
     """
@@ -168,7 +171,8 @@ def _run(
     marks: list[Mark],
 ) -> list[Origins]:
     """Follows the programs that an equation calls."""
-    within = (*inside, eqn.primitive.name)
+    again = eqn.params.get("differentiated", False)
+    within = (*inside, RECOMPUTED if again else eqn.primitive.name)
     return [
         _follow(body, inputs, marks, (*around, (index, i)), within)
         for i, body in enumerate(bodies(eqn))

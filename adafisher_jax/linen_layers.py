@@ -68,6 +68,12 @@ READERS: MappingProxyType[Any, Reader] = MappingProxyType(
 )
 
 
+def _unused(module: Any) -> set[str]:
+    """The names under which a layer has no parameter, whatever else of its scope has them."""
+    uses = {"bias": "use_bias", "scale": "use_scale"}
+    return {name for name, flag in uses.items() if not getattr(module, flag, True)}
+
+
 def marking() -> contextlib.AbstractContextManager[None]:
     """Within, the Linen layers this thread calls leave marks."""
     return nn.intercept_methods(_intercept)
@@ -84,7 +90,8 @@ def _intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         for name in found.inside:
             held = held.get(name, {})
         # A boxed parameter is a tree of one leaf.
-        unboxed = {name: jax.tree.leaves(held[name])[0] for name in found.names & held.keys()}
+        names = (found.names - _unused(context.module)) & held.keys()
+        unboxed = {name: jax.tree.leaves(held[name])[0] for name in names}
         return readings.marked(found, y, unboxed)
 
     return reader(context.module, run, args, kwargs, on_call)

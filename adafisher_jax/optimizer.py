@@ -111,6 +111,7 @@ def scale_by_adafisher(
                     f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
                     "floating-point array"
                 )
+        leaves = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
         count = jnp.zeros([], jnp.int32)
         if not leaves:  # nothing to step, or optax.tree.map_params asks where the parameters are
             nothing: list[Any] = [jnp.zeros([]) for _ in range(5)]

@@ -200,7 +200,8 @@ def norm(axes_of: Callable[[Any], Any], keeps_tokens: bool) -> Read:
 
     def read(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
         channels = tuple(sorted(a % x.ndim for a in _tuple(axes_of(module))))
-        return Reading("norm", statistics.Normalization(channels, keeps_tokens), x, "scale")
+        bias = "bias" if hasattr(module, "use_bias") else ""
+        return Reading("norm", statistics.Normalization(channels, keeps_tokens), x, "scale", bias)
 
     return read
 

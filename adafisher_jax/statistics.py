@@ -382,15 +382,15 @@ class Normalization:
         keep = (1,) if self.keeps_tokens else channels
         others = tuple(i for i in range(x.ndim) if i not in keep)
         n = math.prod(shape[i] for i in others if i > 0)
-        batch = 1 if 0 in keep else shape[0]
-        v = jnp.sum(x, axis=others) / n**2
+        batch = 1 if 0 in keep else max(shape[0], 1)
+        v = jnp.sum(x, axis=others) / max(n, 1) ** 2
         pair = jnp.stack([jnp.sum(jnp.square(v)), jnp.asarray(v.size, v.dtype)]) / batch**2
         pair = (weight * pair).reshape((2,) + (1,) * (len(channels) - 1))
         return pair, jnp.zeros_like(pair)
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         others = tuple(i for i in range(g.ndim) if i not in self.channels)
-        batch = g.shape[0] if others and others[0] == 0 else 1
+        batch = max(g.shape[0], 1) if others and others[0] == 0 else 1
         return self.rows(g) * jnp.square(jnp.sum(_wide(g), axis=others)) / batch
 
     def rows(self, y: jax.Array) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, path_of
-from adafisher_jax.lineage import Mark, Origin, Place
+from adafisher_jax.lineage import RECOMPUTED, Mark, Origin, Place
 from adafisher_jax.probes import ENTERED, Carrier, Completion
 
 
@@ -203,6 +203,8 @@ class _Reader:
 def _closed(inside: tuple[str, ...]) -> str:
     """Why no probe gets to a mark within some primitives; loops without end need none."""
     for name in inside:
+        if name == RECOMPUTED:  # one call is two, and each has a share of its cotangent
+            return "computed again by jax.checkpoint for a gradient inside the loss"
         if name.startswith("custom_"):
             return "used inside a function with its own derivative rule"
         if name not in ENTERED and name != "while":

@@ -66,6 +66,10 @@ def update(factors, layout=LAYOUT):
         ({"damping": float("nan")}, ["damping", "nan"]),
         ({"curvature_ema": 1.0}, ["curvature_ema", "1.0", "[0, 1)"]),
         ({"curvature_ema": -0.1}, ["curvature_ema", "-0.1", "[0, 1)"]),
+        ({"curvature_ema": "none"}, ["curvature_ema", "'none'", "[0, 1)"]),
+        ({"damping": "none"}, ["damping", "'none'", "at least 0"]),
+        ({"damping": jnp.ones(2)}, ["damping", "at least 0"]),
+        ({"b1": None}, ["b1", "None", "[0, 1)"]),
     ],
 )
 def test_bad_settings(make, options, parts):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import adafisher_jax as af
 from tests.reference import (
     F64,
     assert_factors,
@@ -291,3 +292,14 @@ def test_a_subclass_with_a_method_of_its_own_is_uncovered():
     layout, factors = captured(loss_of(model), params, x)
     assert factors.keys() == {"layers_1"}
     assert [row.leaf.path for row in layout.uncovered] == ["layers_0/kernel"]
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(), nn.RMSNorm(), nn.GroupNorm(1)])
+def test_a_normalization_of_no_examples_has_no_statistics(layer):
+    def loss(params, x):
+        return layer.apply({"params": params}, x).sum()
+
+    params = layer.init(jax.random.key(0), np.zeros((1, 3)))["params"]
+    layout = af.trace_layout(loss, params, np.zeros((0, 3)))
+    _, _, factors = af.value_and_grad(loss, layout)(params, np.zeros((0, 3)))
+    assert all(not part.any() for part in factors[""])

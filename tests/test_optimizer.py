@@ -151,6 +151,16 @@ def test_the_states_types_never_change(rule):
 
 
 @every_rule
+@pytest.mark.parametrize("ema", [np.float64(0.9), jnp.float32(0.9)])
+def test_the_states_types_are_not_those_of_the_settings(rule, ema, x64):
+    grads, factors = jax.tree.map(jnp.float32, (gradients(), statistics()))
+    tx = af.scale_by_adafisher(layout_of(*LAYERS), rule=rule, curvature_ema=ema, b1=ema)
+    state = tx.init(grads)
+    _, after = quick_jit(tx.update)(grads, state, factors=factors)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
+@every_rule
 def test_the_state_can_be_donated(rule):
     tx, update, state = setup(rule)
     donated = jax.jit(tx.update, donate_argnums=(0, 1))
@@ -324,6 +334,29 @@ def test_statistics_that_are_not_finite_leave_their_layers_averages(rule, bad, f
     factors["stack"] = factors["stack"]._replace(**{field: spoilt})
     factors["dense"] = jax.tree.map(lambda a: a.at[...].set(bad), factors["dense"])
     check_kept(rule, state, factors)
+
+
+@every_rule
+def test_an_update_can_be_differentiated(rule, x64):
+    model = nn.Sequential([nn.Dense(3), nn.LayerNorm(), nn.Dense(2)])
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    params = jax.tree.map(jnp.float64, model.init(jax.random.key(1), x)["params"])
+
+    def loss(params, x):
+        return jnp.mean(jnp.square(model.apply({"params": params}, x) - x[:, :2]))
+
+    layout = af.trace_layout(loss, params, x)
+    tx = af.adafisher(1e-3, layout, rule=rule)
+
+    @jax.jit
+    def after_a_step(scale):
+        scaled = jax.tree.map(lambda p: p * scale, params)
+        _, grads, factors = af.value_and_grad(loss, layout)(scaled, x)
+        updates, _ = tx.update(grads, tx.init(params), factors=factors)
+        return loss(optax.apply_updates(scaled, updates), 2 * x)
+
+    slope = (after_a_step(1 + 1e-6) - after_a_step(1 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.jit(jax.grad(after_a_step))(1.0), slope, rtol=1e-5)
 
 
 @every_rule

@@ -230,6 +230,58 @@ def test_a_gradient_inside_the_model(by, x):
     assert factors["inner"].rows == 2 * calls
 
 
+@pytest.mark.parametrize("wrap", [jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))])
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
+def test_a_gradient_inside_the_loss_that_computes_a_layer_again(derivative, wrap, x):
+    """Of two computations of one output each has a share of its cotangent: that is refused."""
+    model = Dense(3)
+    params = random_params(model, x)
+
+    def loss_with(wrap):
+        def loss_fn(params, x):
+            f = wrap(lambda x: jnp.sum(jnp.tanh(model.apply({"params": params}, x)) ** 2))
+            return jnp.mean(derivative(f)(x) ** 2)
+
+        return loss_fn
+
+    layout, factors = captured(loss_with(wrap), params, x)
+    if derivative is jax.grad:
+        assert layout.covered == 0
+        assert all("computed again" in row.reason for row in layout.uncovered)
+    else:
+        assert_factors(factors, captured(loss_with(lambda f: f), params, x)[1])
+
+
+def owning(layer, name, shape):
+    """A model that holds an array of its own beside the parameters of a layer in its scope."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inner = layer()
+            nn.share_scope(self, inner)
+            return inner(x) * jnp.sum(self.param(name, nn.initializers.ones, shape, F64))
+
+    return Model()
+
+
+OWNING = {
+    "dense": (functools.partial(Dense, 3, use_bias=False), "bias", (3,)),
+    "another length": (functools.partial(Dense, 3, use_bias=False), "bias", (5,)),
+    "a scalar": (functools.partial(Dense, 3, use_bias=False), "bias", ()),
+    "without a scale": (functools.partial(nn.LayerNorm, use_scale=False), "scale", (3,)),
+    "RMSNorm": (nn.RMSNorm, "bias", (3,)),
+}
+
+
+@pytest.mark.parametrize(("layer", "name", "shape"), OWNING.values(), ids=OWNING)
+def test_what_only_has_the_name_of_a_layers_parameter_is_not_the_layers(layer, name, shape, x):
+    model = owning(layer, name, shape)
+    params = model.init(jax.random.key(0), x)["params"]
+    layout, _ = captured(loss_of(model), params, x)
+    assert [row.leaf.path for row in layout.uncovered] == [name]
+
+
 @pytest.mark.parametrize("frozen", [True, False], ids=["SAM", "MAML"])
 def test_a_model_at_parameters_moved_by_its_own_gradient(frozen, x):
     """The use that carries the gradient is never dropped; one behind a stop adds no rows."""

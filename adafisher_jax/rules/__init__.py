@@ -1,5 +1,6 @@
 """How averaged factors become a preconditioner: one small object for each rule, by name."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -42,15 +43,19 @@ def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
     ema = default_ema if ema is None else ema
     damping = default_damping if damping is None else damping
     check_fraction("curvature_ema", ema)
-    if _is_known(damping) and not damping >= 0:
-        raise ValueError(f"damping: got {damping}, wanted a number of at least 0")
+    if _is_known(damping) and not (_is_number(damping) and damping >= 0):
+        raise ValueError(f"damping: got {damping!r}, wanted a number of at least 0")
     return rule(ema, damping)
 
 
 def check_fraction(name: str, value: Any) -> None:
     """Raises a `ValueError` for a decay outside [0, 1), unless it is traced."""
-    if _is_known(value) and not 0 <= value < 1:
-        raise ValueError(f"{name}: got {value}, wanted a number in [0, 1)")
+    if _is_known(value) and not (_is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name}: got {value!r}, wanted a number in [0, 1)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
 
 
 def _is_known(value: Any) -> bool:

@@ -133,7 +133,8 @@ def blend(
 ) -> Curvature:
     """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
     within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
-    extreme = (*extremes((fresh.h, fresh.mean), within), *extremes((fresh.s,), within))
+    h, s, _, mean = jax.lax.stop_gradient(fresh)
+    extreme = (*extremes((h, mean), within), *extremes((s,), within))
     finite = jnp.isfinite(fresh.rows).reshape(layer.stack_shape)
     for values in jax.tree.leaves(extreme):  # finite if all are, and NaN if one is
         finite &= jnp.isfinite(values)
@@ -142,7 +143,8 @@ def blend(
 
     def average(before: jax.Array, after: jax.Array) -> jax.Array:
         where = usable if before.ndim == usable.ndim else usable.reshape(before.shape)
-        return jnp.where(where, keep * before + add * after.astype(before.dtype), before)
+        new = keep * before + add * after.astype(before.dtype)
+        return jnp.where(where, new.astype(before.dtype), before)
 
     factor, slot = jax.tree.map(average, (old.factor, old.slot), new)
     skipped = old.skipped + jnp.any(took_part & ~finite)

@@ -252,6 +252,13 @@ def test_the_fallback_is_the_momentum_or_its_ratio_to_the_gradients_size(rule, l
 
 
 @every_rule
+def test_a_parameter_may_be_a_number(rule):
+    tx = af.scale_by_adafisher(rule=rule)
+    updates, _ = tx.update({"a": jnp.ones([])}, tx.init({"a": 1.0}))
+    assert updates["a"] > 0
+
+
+@every_rule
 def test_the_parameters_may_be_one_array(rule):
     """The path of a parameter that is no part of anything is empty."""
     bare = af.Layer("", "dense", af.Leaf("", (3, 4), ("in0", "out0")), None)

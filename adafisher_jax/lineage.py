@@ -19,6 +19,7 @@ from jax.extend import core
 from adafisher_jax.tap import Operands, tap_p
 
 RECOMPUTED = "checkpoint, again"
+"""In place of a primitive's name, that of a `jax.checkpoint` in the backward pass of a gradient."""
 
 Place = tuple[tuple[int, int], ...]
 """Of an equation: in its program, and in those around it, its index and which body it is in."""
@@ -73,8 +74,8 @@ class Mark(NamedTuple):
       use: what the adapter called it.
       origins: of its parameters; `None` for what is no parameter of the loss.
       place: of its equation.
-      inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first; `RECOMPUTED`
-        for a `jax.checkpoint` that a gradient inside the program computes again.
+      inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first, or
+        `RECOMPUTED`.
       axes: for each axis that its parameters have in the program, the source's axis it is, as in
         an origin; `vmap`s around the mark take some of them.
     """

@@ -98,7 +98,7 @@ def test_a_rate_is_told_by_its_best_setting_over_all_tuning_seeds():
                 "train_loss": loss,
                 "held_out_loss": 2 * loss,
                 "diverged": None,
-                "curve": [[1, loss]],
+                "curve": [loss],
                 "state_bytes": 1,
             }
     key = "digits_mlp", "adafisher:paper"

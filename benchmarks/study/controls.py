@@ -62,7 +62,7 @@ def edited(task, rate, weight_decay, rule, edit, before=None, **options):
     if before is not None:
         tx = optax.chain(before, tx)
     kinds = {layer.path: layer.kind for layer in task.layout.layers}
-    find = of_factors(task, refresh_every=1)
+    find = of_factors(task)
 
     def find_edited(*args):
         value, grads, extra = find(*args)
@@ -75,10 +75,9 @@ def edited(task, rate, weight_decay, rule, edit, before=None, **options):
     return of_transformation(tx, find_edited)
 
 
-def centered_nadamw(task, rate, weight_decay, **options):
-    nadamw = optax.nadamw(rate, b2=0.99, weight_decay=weight_decay, **options)
-    tx = of_centered_inputs(task.layout, nadamw)
-    return of_transformation(tx, of_factors(task, refresh_every=1))
+def centered_nadamw(task, rate, weight_decay):
+    nadamw = optax.nadamw(rate, b2=0.99, weight_decay=weight_decay)
+    return of_transformation(of_centered_inputs(task.layout, nadamw), of_factors(task))
 
 
 EDITS = {

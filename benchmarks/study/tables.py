@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from benchmarks.study.trial import interval
+
 COLUMNS = (
     "best_rate train_loss held_out_loss held_out_accuracy least_held_out state_ratio seeds".split()
 )
@@ -35,12 +37,12 @@ def rows(tuned, finals, results):
             "tuning": tuning,
             "tuning_seeds": len({trial.seed for trial in tuned[problem, optimizer]}),
             "least_held_out": min((held for *_, held in tuning if held is not None), default=None),
-            "curve": _mean([record["curve"] for record in records]),
+            "curve": _mean([record["curve"] for record in records], interval(first)),
         }
         for key in ("train_loss", "held_out_loss", "held_out_accuracy"):
             row[key] = _summary([record[key] for record in records if key in record])
         if shares := [record["above_damping"] for record in records if "above_damping" in record]:
-            row["above_damping"] = _mean(shares)
+            row["above_damping"] = _mean(shares, interval(first))
         yield row
 
 
@@ -62,11 +64,10 @@ def _tuning(trials, results):
     ]
 
 
-def _mean(curves):
-    """Of curves [step, value], as far as all of them go."""
-    shortest = min(map(len, curves))
-    mean = np.mean([curve[:shortest] for curve in curves], 0)
-    return [[int(step), float(f"{value:.5g}")] for step, value in mean]
+def _mean(curves, every):
+    """The mean of curves with a value for each so many steps, `[step, value]`, as far as all go."""
+    means = (np.mean(values) for values in zip(*curves, strict=False))
+    return [[every * i, float(f"{value:.5g}")] for i, value in enumerate(means, 1)]
 
 
 def _summary(values):

@@ -83,12 +83,20 @@ def _programs(problem, optimizer, steps, batch, options, folder):
     )
 
 
+def interval(trial: Trial) -> int:
+    """How many steps are between the points of its curve."""
+    return math.ceil(trial.steps / POINTS)
+
+
 def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
-    """How it came out: the way there, and losses at its end unless it diverged."""
+    """How it came out: the way there, and losses at its end unless it diverged.
+
+    `curve` has the mean loss of each `interval` steps, `above_damping` a share after each.
+    """
     task, state, step, batches, key = begin(trial, folder)
     found = {"state_bytes": nbytes(state[2])}
     watch, losses, shares = divergence.Watch(), [], []
-    share, every = _above_damping(trial, task), math.ceil(trial.steps / POINTS)
+    share, every = _above_damping(trial, task), interval(trial)
     for number in range(trial.steps):
         *state, loss, _ = step(trial.rate, *state, next(batches), jax.random.fold_in(key, number))
         losses.append(float(loss))
@@ -96,7 +104,7 @@ def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
         if watch.verdict:
             break
         if share and (number + 1) % every == 0:
-            shares.append([number + 1, round(float(share(state[2])), 5)])
+            shares.append(round(float(share(state[2])), 5))
     found["diverged"] = watch.verdict
     found["curve"] = _means(losses, every)
     if shares:
@@ -108,7 +116,10 @@ def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
             sums = [evaluate(params, model_state, batch) for batch in batches]
             total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
             count = total.pop("count")
-            found |= {f"{split}_{name}": value / count for name, value in total.items()}
+            found |= {
+                f"{split}_{name}": float(f"{value / count:.7g}")  # they are single precision
+                for name, value in total.items()
+            }
     return found
 
 
@@ -131,8 +142,8 @@ def _above_damping(trial, task):
 
 
 def _means(losses, every):
-    """`[step, mean of the losses up to it]`, for each so many."""
+    """The mean of each so many losses."""
     return [
-        [stop, float(f"{np.mean(losses[stop - every : stop]):.5g}")]
+        float(f"{np.mean(losses[stop - every : stop]):.5g}")
         for stop in range(every, len(losses) + 1, every)
     ]

@@ -92,7 +92,8 @@ def outside(task, rate, weight_decay, without):
     else:
         left = [one for one in layers if one.kind != without]
     layout = af.Layout(tuple(left))
-    return _of(task, af.adafisherw(rate, layout, rule="centered", weight_decay=weight_decay))
+    tx = af.adafisherw(rate, layout, rule="centered", weight_decay=weight_decay)
+    return of_transformation(tx, of_factors(task))
 
 
 def grafted(task, rate, weight_decay):
@@ -107,7 +108,8 @@ def grafted(task, rate, weight_decay):
         lengths, second = nadamw.update(grads, state[1], params)
         return jax.tree.map(_as_long, steps, lengths), (first, second)
 
-    return _of(task, optax.GradientTransformationExtraArgs(init, update))
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return of_transformation(tx, of_factors(task))
 
 
 def _as_long(step, other):
@@ -124,11 +126,7 @@ def signed(task, rate, weight_decay):
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),
     )
-    return _of(task, tx)
-
-
-def _of(task, tx):
-    return of_transformation(tx, of_factors(task, refresh_every=1))
+    return of_transformation(tx, of_factors(task))
 
 
 SETTINGS = {

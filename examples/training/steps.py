@@ -60,7 +60,7 @@ def of_gradients(task: Task) -> Callable[..., Any]:
     return find
 
 
-def of_factors(task: Task, refresh_every: int) -> Callable[..., Any]:
+def of_factors(task: Task, refresh_every: int = 1) -> Callable[..., Any]:
     """The `find` of AdaFisher, with factors in every so-many-th step, the first included."""
 
     def find(params, model_state, opt_state, batch, key):

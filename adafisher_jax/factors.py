@@ -18,6 +18,7 @@ The bias slot of a layer's inputs is the constant 1 and is not stored.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -85,13 +86,26 @@ def minmax(
       >>> scaled.tolist(), slot.tolist()
       ([0.25, 1.0], [0.0])
     """
-    bounds = [extremes((v,), inner)[0] for v in values]
+    low, inverse = to_unit([extremes((v,), inner)[0] for v in values], epsilon)
+    return tuple((v - low) * inverse for v in values)
+
+
+def to_unit(
+    bounds: Sequence[tuple[jax.Array, jax.Array]], epsilon: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """What min-max takes away and multiplies by, given the extremes of each part of a vector.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> low, inverse = to_unit([(jnp.array(2.0), jnp.array(5.0)), (jnp.array(1.0),) * 2])
+      >>> low.item(), inverse.item()
+      (1.0, 0.25)
+    """
     low = functools.reduce(jnp.minimum, [low for low, _ in bounds])
     high = functools.reduce(jnp.maximum, [high for _, high in bounds])
     spread = high - low + epsilon
     varies = spread >= jnp.finfo(spread.dtype).tiny  # else its inverse would overflow
-    inverse = jnp.where(varies, 1 / jnp.where(varies, spread, 1), 0)
-    return tuple((v - low) * inverse for v in values)
+    return low, jnp.where(varies, 1 / jnp.where(varies, spread, 1), 0)
 
 
 def extremes(

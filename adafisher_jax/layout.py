@@ -307,13 +307,13 @@ def check_state(state: Any, wanted: Any) -> None:
     """Checks the shapes of a state, path by path, against one made for this model.
 
     Raises:
-      ValueError: naming the first path that differs.
+      ValueError: naming the first path that only one of them has, or else that differs.
     """
     got, want = (
         {path_of(keys): jnp.shape(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (state, wanted)
     )
-    for path in [*want, *got]:
+    for path in sorted([*want, *got], key=lambda path: path in got and path in want):
         if got.get(path) != want.get(path):
             has, wants = (f"shape {of[path]}" if path in of else "nothing" for of in (got, want))
             raise ValueError(

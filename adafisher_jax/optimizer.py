@@ -1,6 +1,7 @@
 """AdaFisher as optax transformations."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from adafisher_jax import in_turn
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, by_path, check_factors, check_state
-from adafisher_jax.rules import Curvature, Pair, Rule, Scale, check_fraction, make_rule
+from adafisher_jax.rules import Curvature, Outcome, Pair, Rule, Scale, check_fraction, make_rule
 
 
 class ScaleByAdaFisherState(NamedTuple):
@@ -24,9 +25,11 @@ class ScaleByAdaFisherState(NamedTuple):
       slots: the bias slot of each layer's `h`, by layer path; it counts the refreshes.
       scales: a mean square for each parameter, by its path, and its steps' leading directions,
         where the rule keeps any.
-      skipped: how many refreshes of each layer were skipped, by layer path, because statistics
-        were not finite; of stacked layers, those in which any one was.
-      ages: how many steps ago the averages of each layer last changed, by layer path; of stacked
+      units: what brings each layer's averages into the unit interval, by layer path, where the
+        rule does that: a step between refreshes needs to find out nothing.
+      skipped: how many refreshes of each layer, in the order of `factors`, were skipped because
+        statistics were not finite; of stacked layers, those in which any one was.
+      ages: how many steps ago the averages of each layer, in that order, last changed; of stacked
         layers, of any one.
     """
 
@@ -35,8 +38,13 @@ class ScaleByAdaFisherState(NamedTuple):
     factors: dict[str, Factor]
     slots: dict[str, jax.Array]
     scales: dict[str, Scale]
-    skipped: dict[str, jax.Array]
-    ages: dict[str, jax.Array]
+    units: dict[str, jax.Array]
+    skipped: jax.Array
+    ages: jax.Array
+
+    def curvature(self, path: str) -> Curvature:
+        """What is stored of the layer at a path."""
+        return Curvature(self.factors[path], self.slots[path], self.units.get(path))
 
 
 def scale_by_adafisher(
@@ -114,7 +122,7 @@ def scale_by_adafisher(
         leaves = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
         count = jnp.zeros([], jnp.int32)
         if not leaves:  # nothing to step, or optax.tree.map_params asks where the parameters are
-            nothing: list[Any] = [jnp.zeros([]) for _ in range(5)]
+            nothing: list[Any] = [jnp.zeros([]) for _ in range(6)]
             return ScaleByAdaFisherState(count, params, *nothing)
         if layout is not None:
             layout.check_params(leaves)
@@ -124,15 +132,14 @@ def scale_by_adafisher(
         return ScaleByAdaFisherState(
             count=count,
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            factors={path: curvature.factor for path, curvature in start.items()},
-            slots={path: curvature.slot for path, curvature in start.items()},
+            **_stored(start),
             scales={
                 path: scale
                 for path, leaf in leaves.items()
                 if (scale := chosen.start_scale(leaf, *places.get(path, (None, None)))) is not None
             },
-            skipped={path: curvature.skipped for path, curvature in start.items()},
-            ages={path: curvature.age for path, curvature in start.items()},
+            skipped=jnp.zeros(len(own), jnp.int32),
+            ages=jnp.zeros(len(own), jnp.int32),
         )
 
     def update_fn(
@@ -158,19 +165,21 @@ def scale_by_adafisher(
         correction = 1 / (1 - jnp.asarray(b1, widest) ** ahead)
 
         curvatures: dict[str, Curvature] = {}
+        outcomes: list[Outcome] = []
         after: dict[str, Step] = {}
         for layer in own:
             at = layer.path
             paths = Pair(*(leaf and leaf.path for leaf in (layer.weight, layer.bias)))
-            curvatures[at], *pairs = _step_layer(
+            curvatures[at], outcome, *pairs = _step_layer(
                 layer.nameless,
                 chosen,
                 b1,
                 correction,
-                Curvature(state.factors[at], state.slots[at], state.skipped[at], state.ages[at]),
+                state.curvature(at),
                 None if factors is None else factors[at],
                 *(paths.pick(of) for of in (before, grads, state.scales)),
             )
+            outcomes.append(outcome)
             # In turn, layers need the memory of two or three steps; at once, that of all.
             squares = [scale.square for scale in pairs[2] if scale is not None]
             correction = in_turn.after(correction, squares)
@@ -183,18 +192,33 @@ def scale_by_adafisher(
                     chosen, b1, correction, before[path], g, state.scales.get(path)
                 )
 
+        changed, skipped = (
+            jnp.array([getattr(one, name) for one in outcomes], bool) for name in Outcome._fields
+        )
         new_state = ScaleByAdaFisherState(
             count=count,
             mu=treedef.unflatten([after[path].mu for path in grads]),
-            factors={path: curvature.factor for path, curvature in curvatures.items()},
-            slots={path: curvature.slot for path, curvature in curvatures.items()},
+            **_stored(curvatures),
             scales={path: after[path].scale for path in state.scales},
-            skipped={path: curvature.skipped for path, curvature in curvatures.items()},
-            ages={path: curvature.age for path, curvature in curvatures.items()},
+            skipped=state.skipped + skipped,
+            ages=jnp.where(changed, 0, state.ages + 1),
         )
         return treedef.unflatten([after[path].direction for path in grads]), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stored(curvatures: Mapping[str, Curvature]) -> dict[str, Any]:
+    """The fields of the state that hold these, by layer path."""
+    return {
+        "factors": {path: curvature.factor for path, curvature in curvatures.items()},
+        "slots": {path: curvature.slot for path, curvature in curvatures.items()},
+        "units": {
+            path: curvature.unit
+            for path, curvature in curvatures.items()
+            if curvature.unit is not None
+        },
+    }
 
 
 class Step(NamedTuple):
@@ -219,15 +243,14 @@ def _step_layer(
     mu: Pair,
     grads: Pair,
     scales: Pair,
-) -> tuple[Curvature, Pair, Pair, Pair]:
-    """A layer's averages, and its parameters' momenta, directions and scales."""
-    if fresh is None:
-        curvature = curvature._replace(age=curvature.age + 1)
-    else:
-        curvature = rule.refresh(layer, curvature, fresh)
+) -> tuple[Curvature, Outcome, Pair, Pair, Pair]:
+    """A layer's averages, what came of them, and its parameters' momenta, directions and scales."""
+    outcome = Outcome(*(jnp.zeros([], bool) for _ in range(2)))
+    if fresh is not None:
+        curvature, outcome = rule.refresh(layer, curvature, fresh)
     new, momentum = _momentum(rule, b1, correction, mu, grads)
     directions, scales = rule.direction(layer, curvature, momentum, grads, scales)
-    return curvature, _typed_like(mu, new), _typed_like(grads, directions), scales
+    return curvature, outcome, _typed_like(mu, new), _typed_like(grads, directions), scales
 
 
 @jax.jit

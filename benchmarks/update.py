@@ -1,6 +1,6 @@
 """The optimizer's part of a step, `tx.update` and `apply_updates`, against AdamW's.
 
-Gradients and factors are fixed. `gb_per_s` counts the bytes that must move: parameters, gradients
+Gradients and factors are fixed; `kept` are steps without factors, between two refreshes. `gb_per_s` counts the bytes that must move: parameters, gradients
 and momentum in, parameters and momentum out, and one more array in and out for AdamW; `of_copy` is
 its share of what a pass `x + 1` over as many bytes as SGD moves reaches, timed in the same rounds.
 """
@@ -17,12 +17,15 @@ from benchmarks.steps import own, update_step
 COLUMNS = "ms ratio quartiles to_reach must_move_mb gb_per_s of_copy".split()
 TASKS = ["wide_mlp", "resnet50", "transformer24"]
 COPY, BASELINE = "copy", "adamw"
+KEPT = ", kept"
+PLAIN = (BASELINE, "sgd")
 PASSES = {BASELINE: 7}  # over the parameters; 5 for the others
 
 
 def cases(options):
     names = tasks.names(TASKS, [*TASKS, "vit_b", "gpt2_small"])
-    return {name: [*optimizers.RULES, BASELINE, "sgd"] for name in names}
+    kept = [rule + KEPT for rule in optimizers.RULES]
+    return {name: [*optimizers.RULES, *kept, *PLAIN] for name in names}
 
 
 def run(case, labels, options):
@@ -35,7 +38,7 @@ def run(case, labels, options):
     }
 
     def enter(name):
-        tx = optimizers.make(name, task.layout)
+        tx = optimizers.make(name.removesuffix(KEPT), task.layout)
         state = own((params, jax.jit(tx.init)(params)))
         given = factors if name in optimizers.RULES else None
         return contender(update_step(tx), state, grads, given)
@@ -52,7 +55,7 @@ def run(case, labels, options):
             name,
             row
             | {
-                "to_reach": to_reach(case) if name in optimizers.RULES else None,
+                "to_reach": None if name in PLAIN else to_reach(case),
                 "must_move_mb": moved / 1e6,
                 "gb_per_s": moved / (1e6 * row["ms"]),
                 "of_copy": 1e3 * moved / row["ms"] / ceiling,

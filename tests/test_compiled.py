@@ -84,6 +84,17 @@ def test_a_parameter_is_updated_in_as_few_passes_as_its_rule_needs(rule):
     assert program.memory_analysis().temp_size_in_bytes < steps + 0.1 * 4 * 384 * 640
 
 
+@pytest.mark.parametrize("rule", ["paper", "official"])
+def test_a_step_between_refreshes_is_only_momentum_and_division(rule):
+    """Two loops for each parameter, as momentum alone would need; the rest are single numbers."""
+    _, params, layout = problem(Net(), jnp.ones((8, 640)))
+    tx = af.adafisherw(1e-3, layout, rule=rule)
+    program = compile_update(tx, params, None)
+    loops = [shape for _, shape, o in instructions(program) if o == "fusion" and size(shape) > 2]
+    assert len(loops) == 2 * len(jax.tree.leaves(params)), loops
+    assert "reduce" not in program.as_text()
+
+
 def test_layers_take_their_steps_one_after_another():
     """What "centered" keeps meanwhile is that of two or three layers, however many there are."""
 

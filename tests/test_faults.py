@@ -51,7 +51,12 @@ def averages(carry):
 
 
 def skipped(carry):
-    return {path: int(n) for path, n in optax.tree.get(carry[1], "skipped").items()}
+    return by_layer(carry[1][0])
+
+
+def by_layer(state):
+    assert state.skipped.dtype == jnp.int32
+    return dict(zip(state.factors, state.skipped.tolist(), strict=True))
 
 
 def assert_finite(carry):
@@ -188,8 +193,7 @@ def counting(rule):
 def count(factors, rule="paper"):
     """The layers' counts after one update with `factors`."""
     _, state = counting(rule)(factors)
-    assert {(n.shape, n.dtype) for n in state.skipped.values()} == {((), jnp.dtype(jnp.int32))}
-    return {path: int(n) for path, n in state.skipped.items()}
+    return by_layer(state)
 
 
 def spoilt(path, field, bad):

@@ -148,7 +148,7 @@ def test_a_half_precision_model_trains_like_the_float32_one(rule, dtype):
     assert finites == [False] * overflows + [True] * (steps - overflows)
     assert scales[overflows] == 2.0 ** (24 - overflows)
     assert state.step == state.opt_state[0].count == steps - overflows
-    assert set(map(int, optax.tree.get(state, "skipped").values())) == {0}
+    assert set(optax.tree.get(state, "skipped").tolist()) == {0}
     _, expected = plain_run(rule, steps - overflows)
     np.testing.assert_allclose(losses[overflows:], expected, rtol=0.05)
     assert expected[-1] < 0.97 * expected[0]

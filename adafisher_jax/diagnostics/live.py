@@ -110,6 +110,7 @@ def report(
     found: dict[str, LayerReport] = {}
     for state in _states(opt_state):
         momenta = _leaves(state.mu)
+        counted = dict(zip(state.factors, zip(state.ages, state.skipped, strict=True), strict=True))
         for layer in layout.layers:
             path, at = layer.path, layer.leaves[0].path
             if path not in state.factors or at not in momenta:  # another's, or masked
@@ -119,9 +120,8 @@ def report(
                 layer.nameless,
                 layer.bias is not None and layer.bias.path in momenta,
                 chosen,
-                Curvature(
-                    state.factors[path], state.slots[path], state.skipped[path], state.ages[path]
-                ),
+                state.curvature(path),
+                *counted[path],
                 state.scales.get(at),
                 learning_rate,
                 weights.get(at),
@@ -207,6 +207,8 @@ def _of_layer(
     steps_bias: bool,
     rule: Rule,
     curvature: Curvature,
+    age: jax.Array,
+    skipped: jax.Array,
     scale: Scale | None,
     learning_rate: Any,
     weight: jax.Array | None,
@@ -231,8 +233,8 @@ def _of_layer(
         rate_high=high,
         condition=_condition(layer, _own(layer, curvature.factor.h), curvature.factor.s),
         relative_step=None if weight is None or step is None else _rms(step) / _rms(weight),
-        age=curvature.age,
-        skipped=curvature.skipped,
+        age=age,
+        skipped=skipped,
     )
 
 

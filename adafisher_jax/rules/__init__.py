@@ -7,9 +7,9 @@ import jax
 
 from adafisher_jax.rules.centered import Centered
 from adafisher_jax.rules.published import Official, Paper
-from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale
+from adafisher_jax.rules.rule import Curvature, Outcome, Pair, Rule, Scale
 
-__all__ = ["Curvature", "Pair", "Rule", "Scale", "check_fraction", "make_rule"]
+__all__ = ["Curvature", "Outcome", "Pair", "Rule", "Scale", "check_fraction", "make_rule"]
 
 # Each rule with its default averaging constant and damping.
 RULES: dict[str, tuple[type[Rule], float, float]] = {

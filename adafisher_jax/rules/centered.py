@@ -54,7 +54,7 @@ class Centered(Rule):
     def scaled(
         self, layer: Layer, curvature: Curvature, centers: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (h, s, _, mean), slot, *_ = curvature  # the slot, by which they are divided, drops out
+        (h, s, _, mean), slot, _ = curvature  # the slot, by which they are divided, drops out
         if layer.kind == "norm":
             h = jnp.ones_like(h)
         elif centers:

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafisher_jax.factors import Factor, minmax
+from adafisher_jax.factors import Factor, extremes, minmax, to_unit
 from adafisher_jax.layout import Layer
-from adafisher_jax.rules.rule import Curvature, Rule, blend
+from adafisher_jax.rules.rule import Curvature, Outcome, Rule, blend
 
 
 class Paper(Rule):
@@ -26,8 +26,17 @@ class Paper(Rule):
     def scaled(
         self, layer: Layer, curvature: Curvature, centers: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (h, s, _, _), slot, *_ = curvature
-        return _minmax(layer, h, slot, s)
+        (h, s, _, _), slot, unit = curvature
+        low_h, inverse_h, low_s, inverse_s = jnp.split(unit, 4, layer.inner[0])
+        slot = (slot - low_h) * inverse_h if _has_slot(layer) else jnp.zeros_like(slot)
+        return (h - low_h) * inverse_h, slot, (s - low_s) * inverse_s
+
+    def start(self, layer: Layer, dtype: Any) -> Curvature:
+        return _with_unit(layer, super().start(layer, dtype))
+
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
+        new, outcome = super().refresh(layer, old, fresh)
+        return _with_unit(layer, new), outcome
 
 
 class Official(Rule):
@@ -49,9 +58,14 @@ class Official(Rule):
             factor=start.factor._replace(h=h, s=s), slot=jnp.ones_like(start.slot)
         )
 
-    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
-        unit = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
-        h, slot, s = _minmax(layer, fresh.h * unit, jnp.full_like(old.slot, unit), fresh.s, 1e-6)
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
+        scale = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
+        h, slot = fresh.h * scale, jnp.full_like(old.slot, scale)
+        if _has_slot(layer):
+            h, slot = minmax((h, slot), layer.inner, 1e-6)
+        else:
+            (h,), slot = minmax((h,), layer.inner, 1e-6), jnp.zeros_like(slot)
+        (s,) = minmax((fresh.s,), layer.inner, 1e-6)
         new = (fresh._replace(h=h, s=s), slot)
         return blend(layer, old, new, fresh, 0.1 * self.ema, 0.01 * self.ema)
 
@@ -59,13 +73,18 @@ class Official(Rule):
         return curvature.slot < 1  # the first refresh takes it far below where it starts
 
 
-def _minmax(
-    layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, epsilon: float = 0.0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`h` and its bias slot scaled as one vector and `s` as another, block by block."""
-    if layer.bias is None or layer.kind == "norm":  # there is no slot, or `h` has it inside
-        (h,), slot = minmax((h,), layer.inner, epsilon), jnp.zeros_like(slot)
-    else:
-        h, slot = minmax((h, slot), layer.inner, epsilon)
-    (s,) = minmax((s,), layer.inner, epsilon)
-    return h, slot, s
+def _with_unit(layer: Layer, curvature: Curvature) -> Curvature:
+    """With the least entry and one over the spread, of `h` with its slot and of `s`, in one array.
+
+    They change with the averages only: a step between refreshes is nothing but a division.
+    """
+    h, s, slot = curvature.factor.h, curvature.factor.s, curvature.slot
+    bounds = [extremes((v,), layer.inner)[0] for v in (h, s)]
+    of_h = [bounds[0], (slot, slot)] if _has_slot(layer) else bounds[:1]
+    unit = jnp.concatenate([*to_unit(of_h), *to_unit(bounds[1:])], layer.inner[0])
+    return curvature._replace(unit=unit)
+
+
+def _has_slot(layer: Layer) -> bool:
+    """Whether the bias slot belongs to `h`'s vector: a normalization layer's pair holds its own."""
+    return layer.bias is not None and layer.kind != "norm"

@@ -23,14 +23,24 @@ class Curvature(NamedTuple):
       factor: running averages of its statistics.
       slot: the bias slot of `h`, one number for each block: the running average of a constant.
         Averages that start at zero are bias-corrected by it.
-      skipped: how many refreshes had statistics that were not finite, whichever stacked layer's.
-      age: how many steps ago the averages last changed, whichever stacked layer's.
+      unit: what brings the averages into the unit interval, if the rule does that.
     """
 
     factor: Factor
     slot: jax.Array
+    unit: Any = None
+
+
+class Outcome(NamedTuple):
+    """What came of one layer's refresh, whichever of its stacked layers it was.
+
+    Attributes:
+      changed: whether averages changed.
+      skipped: whether some were left as they were, since statistics were not finite.
+    """
+
+    changed: jax.Array
     skipped: jax.Array
-    age: jax.Array
 
 
 class Pair(NamedTuple):
@@ -75,10 +85,9 @@ class Rule:
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
         """The averages before the first refresh."""
-        slot = jnp.zeros(layer.slot_shape, dtype)
-        return Curvature(layer.zeros(dtype), slot, *(jnp.zeros([], jnp.int32) for _ in range(2)))
+        return Curvature(layer.zeros(dtype), jnp.zeros(layer.slot_shape, dtype))
 
-    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> Curvature:
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         """The averages after new statistics; unchanged where those are unusable."""
         new = (fresh, jnp.ones_like(old.slot))
         return blend(layer, old, new, fresh, self.ema, 1 - self.ema)
@@ -94,7 +103,7 @@ class Rule:
 
         `centers` says whether the weight and the bias are stepped together.
         """
-        (h, s, _, _), slot, *_ = curvature
+        (h, s, _, _), slot, _ = curvature
         return h, slot, s
 
     def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
@@ -130,7 +139,7 @@ def blend(
     fresh: Factor,
     keep: Any,
     add: Any,
-) -> Curvature:
+) -> tuple[Curvature, Outcome]:
     """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
     within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
     h, s, _, mean = jax.lax.stop_gradient(fresh)
@@ -147,8 +156,8 @@ def blend(
         return jnp.where(where, new.astype(before.dtype), before)
 
     factor, slot = jax.tree.map(average, (old.factor, old.slot), new)
-    skipped = old.skipped + jnp.any(took_part & ~finite)
-    return Curvature(factor, slot, skipped, jnp.where(jnp.any(usable), 0, old.age + 1))
+    outcome = Outcome(jnp.any(usable), jnp.any(took_part & ~finite))
+    return old._replace(factor=factor, slot=slot), outcome
 
 
 def _divide(

@@ -28,9 +28,11 @@ SUITES = {
     "growth": "time, memory and statistics against sizes",
     "compile_time": "trace, lowering and compilation, against AdamW's",
     "live_report": "train steps with diagnostics.report, against those without",
+    "gpu_program": "kernels and bytes as compiled for a GPU (none needed, not in `all`)",
     "communication": "bytes that eight devices exchange (CPU, not in `all`)",
 }
-ALL = [name for name in SUITES if name != "communication"]  # it sets up JAX in its own way
+APART = ("gpu_program", "communication")  # they set up JAX in their own way
+ALL = [name for name in SUITES if name not in APART]
 EPILOG = (
     'In tables, "to reach" is the largest ratio this project aims at, "at least" the smallest; '
     "quartiles are those of the ratio over rounds."

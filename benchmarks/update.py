@@ -1,8 +1,9 @@
 """The optimizer's part of a step, `tx.update` and `apply_updates`, against AdamW's.
 
-Gradients and factors are fixed; `kept` are steps without factors, between two refreshes. `gb_per_s` counts the bytes that must move: parameters, gradients
-and momentum in, parameters and momentum out, and one more array in and out for AdamW; `of_copy` is
-its share of what a pass `x + 1` over as many bytes as SGD moves reaches, timed in the same rounds.
+Gradients and factors are fixed; `kept` are steps without factors, between two refreshes. `gb_per_s`
+counts the bytes that must move: parameters, gradients and momentum in, parameters and momentum out,
+and one more array in and out for AdamW; `of_copy` is its share of what a pass `x + 1` over as many
+bytes as SGD moves reaches, timed in the same rounds.
 """
 
 import jax

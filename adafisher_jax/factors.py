@@ -18,7 +18,6 @@ The bias slot of a layer's inputs is the constant 1 and is not stored.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -67,10 +66,12 @@ class Factor(NamedTuple):
         return self._replace(s=self.s / scale / scale)
 
 
-def minmax(
+def to_unit(
     values: tuple[jax.Array, ...], inner: tuple[int, ...], epsilon: float = 0.0
-) -> tuple[jax.Array, ...]:
-    r"""Scales arrays jointly into [0, 1], eq. (4): :math:`(v - \min v)/(\max v - \min v)`.
+) -> tuple[jax.Array, jax.Array]:
+    r"""What min-max, eq. (4), takes from a vector and multiplies it by, to fill the unit interval.
+
+    .. math:: \mathrm{minmax}(v) = (v - \min v) \cdot \frac{1}{\max v - \min v}
 
     Args:
       values: arrays of one rank, read as one vector per block.
@@ -78,29 +79,15 @@ def minmax(
       epsilon: added to the denominator (1e-6 in the released code).
 
     Returns:
-      Arrays of the same shapes, in [0, 1] up to rounding; 0 for a constant vector.
+      The least entry and the factor, one for each block; the factor is 0 for a constant vector.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> scaled, slot = minmax((jnp.array([2.0, 5.0]), jnp.array([1.0])), (0,))
-      >>> scaled.tolist(), slot.tolist()
-      ([0.25, 1.0], [0.0])
+      >>> low, inverse = to_unit((jnp.array([2.0, 5.0]), jnp.array([1.0])), (0,))
+      >>> low.tolist(), inverse.tolist()
+      ([1.0], [0.25])
     """
-    low, inverse = to_unit([extremes((v,), inner)[0] for v in values], epsilon)
-    return tuple((v - low) * inverse for v in values)
-
-
-def to_unit(
-    bounds: Sequence[tuple[jax.Array, jax.Array]], epsilon: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """What min-max takes away and multiplies by, given the extremes of each part of a vector.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> low, inverse = to_unit([(jnp.array(2.0), jnp.array(5.0)), (jnp.array(1.0),) * 2])
-      >>> low.item(), inverse.item()
-      (1.0, 0.25)
-    """
+    bounds = [extremes((v,), inner)[0] for v in values]
     low = functools.reduce(jnp.minimum, [low for low, _ in bounds])
     high = functools.reduce(jnp.maximum, [high for _, high in bounds])
     spread = high - low + epsilon

@@ -192,9 +192,8 @@ def scale_by_adafisher(
                     chosen, b1, correction, before[path], g, state.scales.get(path)
                 )
 
-        changed, skipped = (
-            jnp.array([getattr(one, name) for one in outcomes], bool) for name in Outcome._fields
-        )
+        changed = jnp.array([one.changed for one in outcomes], bool)
+        skipped = jnp.array([one.skipped for one in outcomes], bool)
         new_state = ScaleByAdaFisherState(
             count=count,
             mu=treedef.unflatten([after[path].mu for path in grads]),

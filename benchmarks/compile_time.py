@@ -1,5 +1,9 @@
-"""How long JAX takes to trace, lower and compile a train step, against AdamW's."""
+"""How long JAX takes to trace, lower and compile a train step, against AdamW's.
 
+XLA on a CPU compiles equal loops once: `loops` counts the different ones of a step.
+"""
+
+import re
 import time
 
 import jax
@@ -9,9 +13,10 @@ from benchmarks import optimizers, plots, tasks
 from benchmarks.measure import timing
 from benchmarks.steps import train_step
 
-COLUMNS = "ms ratio quartiles to_reach trace_ms lower_ms compile_ms".split()
+COLUMNS = "ms ratio quartiles to_reach trace_ms lower_ms compile_ms loops".split()
 TASKS = ["mlp", "transformer", "conv_net", "resnet18"]
 BASELINE, MOST = "adamw", 5  # rounds
+COMPUTATION = re.compile(r"^%([\w.-]+) [^\n]*\{$(.*?)^\}$", re.M | re.S)
 
 
 def cases(options):
@@ -23,10 +28,12 @@ def run(case, labels, options):
     params, batch = task.shapes(), jax.eval_shape(task.batch)
     _ = task.layout
     names = list(dict.fromkeys([BASELINE, *labels]))
-    phases = {name: [] for name in names}
+    phases, loops = {name: [] for name in names}, {}
     for turn in range(min(options.rounds, MOST) + 1):
         for name in names[:: 1 if turn % 2 else -1]:
-            phases[name].append(cold(task, name, params, batch))
+            times, program = cold(task, name, params, batch)
+            phases[name].append(times)
+            loops[name] = different_loops(program.as_text())
     found = {name: np.array(measured[1:]) for name, measured in phases.items()}
     for name in labels:
         trace, lower, compile_ = 1e3 * np.median(found[name], 0)
@@ -39,12 +46,13 @@ def run(case, labels, options):
                 "trace_ms": float(trace),
                 "lower_ms": float(lower),
                 "compile_ms": float(compile_),
+                "loops": loops[name],
             },
         )
 
 
 def cold(task, name, params, batch):
-    """Seconds to trace, lower and compile a step that JAX has not seen."""
+    """Seconds to trace, lower and compile a step that JAX has not seen; and the program."""
     step, start = train_step(task, name)
     state = jax.eval_shape(start, params)
     jax.clear_caches()
@@ -53,9 +61,24 @@ def cold(task, name, params, batch):
     times.append(time.perf_counter())
     stage = stage.lower()
     times.append(time.perf_counter())
-    stage.compile()
+    program = stage.compile()
     times.append(time.perf_counter())
-    return np.diff(times)
+    return np.diff(times), program
+
+
+def different_loops(program):
+    """How many fusions in the text of a compiled program differ in more than names."""
+    texts = dict(COMPUTATION.findall(program))
+
+    def nameless(computation):
+        text = re.sub(
+            r", (?:metadata|backend_config)=\{.*?\}+(?=,|$)", "", texts[computation], flags=re.M
+        )
+        text = re.sub(r"(?:calls|to_apply)=%([\w.-]+)", lambda one: nameless(one[1]), text)
+        names = {}
+        return re.sub(r"%[\w.-]+", lambda one: names.setdefault(one[0], str(len(names))), text)
+
+    return len({nameless(one) for one in re.findall(r" fusion\(.*?calls=%([\w.-]+)", program)})
 
 
 def plot(figure, rows):

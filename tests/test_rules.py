@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 import adafisher_jax as af
 from adafisher_jax import spectrum
-from adafisher_jax.factors import minmax
+from adafisher_jax.factors import to_unit
 from adafisher_jax.rules import make_rule
 from tests.hand_made import LAYERS, layout_of, make_layer, quick_jit, random_factors, random_tree
 
@@ -295,7 +295,12 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
 
 numbers = st.floats(0, 2.0**1000, allow_subnormal=False)
 vectors = hnp.arrays(np.float64, st.sampled_from([1, 2, 5]), elements=numbers)
-scale = jax.jit(minmax, static_argnums=(1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def scale(values, inner, epsilon=0.0):
+    low, inverse = to_unit(values, inner, epsilon)
+    return [(v - low) * inverse for v in values]
 
 
 @check

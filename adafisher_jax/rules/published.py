@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafisher_jax.factors import Factor, extremes, minmax, to_unit
+from adafisher_jax.factors import Factor, to_unit
 from adafisher_jax.layout import Layer
 from adafisher_jax.rules.rule import Curvature, Outcome, Rule, blend
 
@@ -27,16 +27,19 @@ class Paper(Rule):
         self, layer: Layer, curvature: Curvature, centers: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         (h, s, _, _), slot, unit = curvature
-        low_h, inverse_h, low_s, inverse_s = jnp.split(unit, 4, layer.inner[0])
-        slot = (slot - low_h) * inverse_h if _has_slot(layer) else jnp.zeros_like(slot)
-        return (h - low_h) * inverse_h, slot, (s - low_s) * inverse_s
+        return _minmax(layer, h, slot, s, unit)
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
-        return _with_unit(layer, super().start(layer, dtype))
+        return self._with_unit(layer, super().start(layer, dtype))
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         new, outcome = super().refresh(layer, old, fresh)
-        return _with_unit(layer, new), outcome
+        return self._with_unit(layer, new), outcome
+
+    def _with_unit(self, layer: Layer, curvature: Curvature) -> Curvature:
+        # Kept, since it changes with the averages only: other steps are nothing but a division.
+        (h, s, _, _), slot, _ = curvature
+        return curvature._replace(unit=_unit(layer, h, slot, s))
 
 
 class Official(Rule):
@@ -60,12 +63,8 @@ class Official(Rule):
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         scale = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
-        h, slot = fresh.h * scale, jnp.full_like(old.slot, scale)
-        if _has_slot(layer):
-            h, slot = minmax((h, slot), layer.inner, 1e-6)
-        else:
-            (h,), slot = minmax((h,), layer.inner, 1e-6), jnp.zeros_like(slot)
-        (s,) = minmax((fresh.s,), layer.inner, 1e-6)
+        whole = fresh.h * scale, jnp.full_like(old.slot, scale), fresh.s
+        h, slot, s = _minmax(layer, *whole, _unit(layer, *whole, 1e-6))
         new = (fresh._replace(h=h, s=s), slot)
         return blend(layer, old, new, fresh, 0.1 * self.ema, 0.01 * self.ema)
 
@@ -73,18 +72,24 @@ class Official(Rule):
         return curvature.slot < 1  # the first refresh takes it far below where it starts
 
 
-def _with_unit(layer: Layer, curvature: Curvature) -> Curvature:
-    """With the least entry and one over the spread, of `h` with its slot and of `s`, in one array.
+def _unit(
+    layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, epsilon: float = 0.0
+) -> jax.Array:
+    """What takes `h` with its bias slot, and `s`, to the unit interval: four numbers a block."""
+    joint = (h, slot) if _has_slot(layer) else (h,)
+    parts = (*to_unit(joint, layer.inner, epsilon), *to_unit((s,), layer.inner, epsilon))
+    return jnp.concatenate(parts, layer.inner[0])
 
-    They change with the averages only: a step between refreshes is nothing but a division.
-    """
-    h, s, slot = curvature.factor.h, curvature.factor.s, curvature.slot
-    bounds = [extremes((v,), layer.inner)[0] for v in (h, s)]
-    of_h = [bounds[0], (slot, slot)] if _has_slot(layer) else bounds[:1]
-    unit = jnp.concatenate([*to_unit(of_h), *to_unit(bounds[1:])], layer.inner[0])
-    return curvature._replace(unit=unit)
+
+def _minmax(
+    layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, unit: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`h`, its bias slot and `s`, taken there."""
+    low_h, inverse_h, low_s, inverse_s = jnp.split(unit, 4, layer.inner[0])
+    slot = (slot - low_h) * inverse_h if _has_slot(layer) else jnp.zeros_like(slot)
+    return (h - low_h) * inverse_h, slot, (s - low_s) * inverse_s
 
 
 def _has_slot(layer: Layer) -> bool:
-    """Whether the bias slot belongs to `h`'s vector: a normalization layer's pair holds its own."""
+    """Whether `h` has a bias slot beside it: a normalization layer's pair has it inside."""
     return layer.bias is not None and layer.kind != "norm"

@@ -25,12 +25,13 @@ class ScaleByAdaFisherState(NamedTuple):
       slots: the bias slot of each layer's `h`, by layer path; it counts the refreshes.
       scales: a mean square for each parameter, by its path, and its steps' leading directions,
         where the rule keeps any.
-      units: what brings each layer's averages into the unit interval, by layer path, where the
-        rule does that: a step between refreshes needs to find out nothing.
-      skipped: how many refreshes of each layer, in the order of `factors`, were skipped because
-        statistics were not finite; of stacked layers, those in which any one was.
-      ages: how many steps ago the averages of each layer, in that order, last changed; of stacked
-        layers, of any one.
+      units: what takes each layer's averages to the unit interval, by layer path, where the rule
+        does that, so that a step between refreshes reduces nothing.
+      skipped: for each layer, in the order of `factors`, how many refreshes were skipped because
+        statistics were not finite. None without layers. Of stacked layers, those in which any one
+        was.
+      ages: in the same order, how many steps ago a layer's averages last changed, of stacked layers
+        those of any one.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, and a method of tuples
@@ -39,8 +40,8 @@ class ScaleByAdaFisherState(NamedTuple):
     slots: dict[str, jax.Array]
     scales: dict[str, Scale]
     units: dict[str, jax.Array]
-    skipped: jax.Array
-    ages: jax.Array
+    skipped: Any
+    ages: Any
 
     def curvature(self, path: str) -> Curvature:
         """What is stored of the layer at a path."""
@@ -105,7 +106,7 @@ def scale_by_adafisher(
         raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout or None")
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.inexact):
         raise TypeError(f"mu_dtype: got {jnp.dtype(mu_dtype)}, wanted a floating-point type")
-    layers = layout.layers if layout is not None else ()
+    layers = sorted(layout.layers, key=lambda layer: layer.path) if layout is not None else []
 
     def own_layers(leaves: dict[str, Any]) -> tuple[Layer, ...]:
         """The layers with a parameter among `leaves`: masks may have taken the others."""
@@ -138,8 +139,8 @@ def scale_by_adafisher(
                 for path, leaf in leaves.items()
                 if (scale := chosen.start_scale(leaf, *places.get(path, (None, None)))) is not None
             },
-            skipped=jnp.zeros(len(own), jnp.int32),
-            ages=jnp.zeros(len(own), jnp.int32),
+            skipped=jnp.zeros(len(own), jnp.int32) if own else None,
+            ages=jnp.zeros(len(own), jnp.int32) if own else None,
         )
 
     def update_fn(
@@ -192,15 +193,17 @@ def scale_by_adafisher(
                     chosen, b1, correction, before[path], g, state.scales.get(path)
                 )
 
-        changed = jnp.array([one.changed for one in outcomes], bool)
-        skipped = jnp.array([one.skipped for one in outcomes], bool)
+        skipped, ages = state.skipped, state.ages
+        if outcomes:
+            skipped = skipped + jnp.stack([one.skipped for one in outcomes])
+            ages = jnp.where(jnp.stack([one.changed for one in outcomes]), 0, ages + 1)
         new_state = ScaleByAdaFisherState(
             count=count,
             mu=treedef.unflatten([after[path].mu for path in grads]),
             **_stored(curvatures),
             scales={path: after[path].scale for path in state.scales},
-            skipped=state.skipped + skipped,
-            ages=jnp.where(changed, 0, state.ages + 1),
+            skipped=skipped,
+            ages=ages,
         )
         return treedef.unflatten([after[path].direction for path in grads]), new_state
 

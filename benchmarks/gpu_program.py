@@ -2,7 +2,8 @@
 
 No GPU is needed, but the compiler: `pip install -e '.[benchmarks,cuda]'`. A kernel's operands and
 results are counted once each, a loop's as often as it runs. A call of cuBLAS, cuDNN or cuSOLVER
-counts as one kernel; its workspace is left out. Nothing is run, so that no time is measured.
+counts as one kernel, without its workspace, and an array of which a kernel reads a slice as if it
+read the whole. Nothing is run, so that no time is measured.
 """
 
 import math
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import optimizers, plots, tasks
 from benchmarks.measure import temp_bytes
 from benchmarks.steps import gradient, update_step
+from benchmarks.update import PLAIN
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there need be no driver
 
@@ -23,8 +25,6 @@ PACKAGES = ["jax-cuda13-plugin"]
 COLUMNS = "kernels kernel_ratio mb ratio to_reach temp_mb".split()
 UPDATED = ["wide_mlp", "resnet50", "transformer24", "gpt2_small"]
 CAPTURED = ["mlp", "conv_net", "resnet50", "transformer", "gpt2_small"]
-KEPT = ", kept"  # without factors, between two refreshes
-PLAIN = ("adamw", "sgd")
 GPU = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -54,14 +54,15 @@ device_description_str: "NVIDIA H200"
 # Autotuning would need the device; without it, products are better left to cuBLAS.
 OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+# An array of bytes is workspace.
+BYTES = {"s8": 0, "u8": 0, "pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{$(.*?)^\}$", re.M | re.S)
 INSTRUCTION = re.compile(r"^  (?:ROOT )?%([\w.-]+) = (.*?) ([a-z-]+)\((.*?)\)(.*)$", re.M)
 FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 
 
 def cases(options):
-    kept = [rule + KEPT for rule in optimizers.RULES]
+    kept = [rule + optimizers.KEPT for rule in optimizers.RULES]
     return {f"update of {name}": [*optimizers.RULES, *kept, *PLAIN] for name in UPDATED} | {
         f"gradient of {name}": ["with factors", "alone"] for name in CAPTURED
     }
@@ -94,7 +95,7 @@ def compiled(task, kind, label):
     """An optimizer's update of a task's parameters, or their gradient, for the GPU above."""
     params, batch = task.shapes(), jax.eval_shape(task.batch)
     if kind == "update":
-        tx = optimizers.make(label.removesuffix(KEPT), task.layout)
+        tx = optimizers.make(label.removesuffix(optimizers.KEPT), task.layout)
         zeros = {layer.path: jax.eval_shape(layer.zeros) for layer in task.layout.layers}
         factors = zeros if label in optimizers.RULES else None
         state = params, jax.eval_shape(tx.init, params)
@@ -140,11 +141,9 @@ def cost(program):
 
 
 def nbytes(shape):
-    """Of an array or a tuple of arrays, without those of bytes: they are workspace."""
+    """Of an array or a tuple of arrays."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return sum(
-        BYTES.get(kind, 0) * math.prod(map(int, re.findall(r"\d+", n))) for kind, n in arrays
-    )
+    return sum(BYTES[kind] * math.prod(map(int, re.findall(r"\d+", n))) for kind, n in arrays)
 
 
 def plot(figure, rows):

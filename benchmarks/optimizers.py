@@ -53,6 +53,7 @@ def _quiet(tx: Any) -> Any:
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
+KEPT = ", kept"  # steps without factors, between two refreshes
 RULES = ["adafisher:paper", "adafisher:official", "adafisher:centered"]
 OTHERS: dict[str, Callable[[], Any]] = {
     "sgd": sgd,

@@ -18,14 +18,13 @@ from benchmarks.steps import own, update_step
 COLUMNS = "ms ratio quartiles to_reach must_move_mb gb_per_s of_copy".split()
 TASKS = ["wide_mlp", "resnet50", "transformer24"]
 COPY, BASELINE = "copy", "adamw"
-KEPT = ", kept"
 PLAIN = (BASELINE, "sgd")
 PASSES = {BASELINE: 7}  # over the parameters; 5 for the others
 
 
 def cases(options):
     names = tasks.names(TASKS, [*TASKS, "vit_b", "gpt2_small"])
-    kept = [rule + KEPT for rule in optimizers.RULES]
+    kept = [rule + optimizers.KEPT for rule in optimizers.RULES]
     return {name: [*optimizers.RULES, *kept, *PLAIN] for name in names}
 
 
@@ -39,7 +38,7 @@ def run(case, labels, options):
     }
 
     def enter(name):
-        tx = optimizers.make(name.removesuffix(KEPT), task.layout)
+        tx = optimizers.make(name.removesuffix(optimizers.KEPT), task.layout)
         state = own((params, jax.jit(tx.init)(params)))
         given = factors if name in optimizers.RULES else None
         return contender(update_step(tx), state, grads, given)

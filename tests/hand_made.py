@@ -32,6 +32,7 @@ LAYERS = {
         make_layer("conv", "conv", (3, 2, 2, 4), "in0 in1 in2 out0", "out0"),
         make_layer("groups", "conv", (3, 2, 6), "in0 in1 out0", "out0", groups=3),
         make_layer("batch", "dense", (2, 3, 4), "batch0 in0 out0", "batch0 out0"),
+        make_layer("elements", "dense", (4,), "batch0"),
         make_layer("stacks", "dense", (2, 3, 3, 4), "stack0 in0 stack1 out0", "stack0 stack1 out0"),
         make_layer("norm", "norm", (5,), "out0", "out0"),
         make_layer("no_shift", "norm", (5,), "out0"),

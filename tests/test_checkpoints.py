@@ -229,6 +229,17 @@ def one_array(state):
     return {"s": state.opt_state[0].factors["Dense_0"].s}
 
 
+def test_orbax_keeps_a_state_without_layers(ocp, tmp_path):
+    tx = af.adafisher(0.1)
+    params = {"w": jnp.ones(2)}
+    _, state = tx.update(params, tx.init(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", tx.init(params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))
+
+
 def test_orbax_refuses_another_shape(ocp, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "one", one_array(create()))

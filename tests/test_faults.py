@@ -275,3 +275,13 @@ def test_twenty_thousand_steps_with_random_faults(rule):
     assert skipped(carry)[FIRST] == np.isin(faults, (NAN, INF, HUGE)).sum()
     x = jax.random.normal(jax.random.key(2), (512, 3))
     assert loss_fn(params, x) < 0.1 * loss_fn(PARAMS, x)
+
+
+def test_counts_are_in_the_order_of_the_factors_whatever_the_order_of_the_layers():
+    layers = [make_layer(name, "dense", (3, 4), "in0 out0") for name in ("b", "a")]
+    tx = af.scale_by_adafisher(af.Layout(tuple(layers)))
+    grads = random_tree(np.random.default_rng(0), *layers)
+    factors = random_factors(np.random.default_rng(0), *layers)
+    factors["a"] = factors["a"]._replace(s=factors["a"].s * jnp.nan)
+    _, state = quick_jit(tx.update)(grads, tx.init(grads), factors=factors)
+    assert by_layer(state) == {"a": 1, "b": 0}

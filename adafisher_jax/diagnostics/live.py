@@ -110,7 +110,7 @@ def report(
     found: dict[str, LayerReport] = {}
     for state in _states(opt_state):
         momenta = _leaves(state.mu)
-        counted = dict(zip(state.factors, zip(state.ages, state.skipped, strict=True), strict=True))
+        order = list(state.factors)
         for layer in layout.layers:
             path, at = layer.path, layer.leaves[0].path
             if path not in state.factors or at not in momenta:  # another's, or masked
@@ -121,7 +121,8 @@ def report(
                 layer.bias is not None and layer.bias.path in momenta,
                 chosen,
                 state.curvature(path),
-                *counted[path],
+                state.ages[order.index(path)],
+                state.skipped[order.index(path)],
                 state.scales.get(at),
                 learning_rate,
                 weights.get(at),

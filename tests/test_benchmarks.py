@@ -89,3 +89,14 @@ def test_the_page_about_speed_shows_what_was_stored(suite):
             assert f"{row['ratio']:.2f} ({low:.2f}–{high:.2f})" in page, row["name"]
             shown += 1
     assert shown
+
+
+def test_the_page_about_speed_shows_what_was_compiled_for_a_gpu():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    section = page.split("## As compiled for a GPU")[1].split("\n## ")[0]
+    stored = json.loads((ROOT / "benchmarks" / "results" / "gpu_program.json").read_text())
+    for row in stored["rows"]:
+        if row["label"].startswith(("adafisher:paper", "adafisher:centered")):
+            assert f"{row['kernels']:,}, {row['ratio']:.2f}" in section, row["name"]
+        elif row["label"] == "with factors":
+            assert f"{row['kernels']:,} | {row['ratio']:.2f}" in section, row["name"]

@@ -24,13 +24,13 @@ def names(path):
 @pytest.mark.slow
 def test_a_suite_stores_its_rows_and_keeps_those_not_run_again(tmp_path):
     for rule in ("paper", "official"):
-        label = f"wide_mlp, adafisher:{rule}"
+        label = f"wide_mlp, adafisher:{rule}, kept"
         done = run("update", "--quick", "--rounds", "1", "--only", label, "--out", str(tmp_path))
         assert done.returncode == 0, done.stderr
         assert label in done.stdout
     assert names(tmp_path / "update.json") == [
-        "wide_mlp, adafisher:paper",
-        "wide_mlp, adafisher:official",
+        "wide_mlp, adafisher:paper, kept",
+        "wide_mlp, adafisher:official, kept",
     ]
     assert (tmp_path / "update.png").stat().st_size > 0
 

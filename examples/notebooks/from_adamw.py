@@ -145,8 +145,8 @@ def forgetful_step(state, images, labels):
 
 
 def print_ages(name, state):
-    ages = optax.tree.get(state.opt_state, "ages")
-    print(f"{name:20}", {path: age.item() for path, age in ages.items()})
+    factors, ages = (optax.tree.get(state.opt_state, field) for field in ("factors", "ages"))
+    print(f"{name:20}", dict(zip(factors, ages.tolist(), strict=True)))
 
 
 print_ages("with factors", state)

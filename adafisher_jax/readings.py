@@ -196,10 +196,12 @@ def attend(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
 
 
 def norm(axes_of: Callable[[Any], Any], keeps_tokens: bool) -> Read:
-    """Of a normalization layer, given how to tell its channels."""
+    """Of a normalization layer, given how to tell its channels; None without any."""
 
-    def read(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
+    def read(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading | None:
         channels = tuple(sorted(a % x.ndim for a in _tuple(axes_of(module))))
+        if not channels:
+            return None
         bias = "bias" if hasattr(module, "use_bias") else ""
         return Reading("norm", statistics.Normalization(channels, keeps_tokens), x, "scale", bias)
 

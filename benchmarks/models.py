@@ -50,13 +50,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal decoder over tokens; `tied`: its output weights are its embeddings."""
+    """A causal decoder over tokens.
+
+    Attributes:
+      tied: its output weights are its embeddings.
+      scanned: its blocks are one, called by `nn.scan` with parameters that lie stacked.
+    """
 
     layers: int
     width: int
     vocabulary: int
     heads: int
     tied: bool = False
+    scanned: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -65,8 +71,13 @@ class Transformer(nn.Module):
         positions = nn.Embed(tokens.shape[1], self.width, dtype=self.dtype)
         x = embed(tokens) + positions(jnp.arange(tokens.shape[1]))[None]
         mask = nn.make_causal_mask(tokens)
-        for _ in range(self.layers):
-            x = Block(self.heads, self.dtype)(x, mask)
+        if self.scanned:
+            split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            scan = nn.scan(lambda block, x, _: (block(x, mask), None), length=self.layers, **split)
+            x, _ = scan(Block(self.heads, self.dtype), x, None)
+        else:
+            for _ in range(self.layers):
+                x = Block(self.heads, self.dtype)(x, mask)
         x = nn.LayerNorm(dtype=self.dtype)(x)
         return embed.attend(x) if self.tied else nn.Dense(self.vocabulary, dtype=self.dtype)(x)
 

@@ -108,12 +108,14 @@ RESNET18 = {"stages": (2, 2, 2, 2), "bottleneck": False, "stem": False}
 RESNET50 = {"stages": (3, 4, 6, 3), "bottleneck": True, "stem": True, **BF16}
 VIT_B = {"layers": 12, "width": 768, "heads": 12, "patch": 16, **BF16}
 PART = functools.partial
+TRANSFORMER24 = PART(transformer, width=512, layers=24, length=128, vocabulary=4096, batch=8)
 
 FULL = {
     "mlp": PART(mlp, width=1024, depth=4, batch=256),
     "wide_mlp": PART(mlp, width=2048, depth=12, batch=8),
     "transformer": PART(transformer, width=256, layers=4, length=128, vocabulary=4096, batch=8),
-    "transformer24": PART(transformer, width=512, layers=24, length=128, vocabulary=4096, batch=8),
+    "transformer24": TRANSFORMER24,
+    "scanned_transformer24": PART(TRANSFORMER24, scanned=True),
     "conv_net": PART(conv_net, features=(64, 64, 128, 128), side=32, batch=64),
     "resnet18": PART(resnet, side=32, batch=16, classes=10, **RESNET18),
     "resnet50": PART(resnet, side=224, batch=128, classes=1000, **RESNET50),
@@ -129,6 +131,7 @@ QUICK = {
     "wide_mlp": PART(mlp, width=256, depth=3, batch=4),
     "transformer": TINY_TRANSFORMER,
     "transformer24": TINY_TRANSFORMER,
+    "scanned_transformer24": PART(TINY_TRANSFORMER, scanned=True),
     "conv_net": PART(conv_net, features=(8, 8, 16, 16), side=16, batch=4),
     "resnet18": PART(resnet, **RESNET18 | {"stages": (1, 1)}, **TINY_RESNET),
     "resnet50": PART(resnet, **RESNET50 | {"stages": (1, 1)}, **TINY_RESNET),

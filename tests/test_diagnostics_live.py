@@ -407,6 +407,9 @@ def test_errors_say_what_is_missing():
         report(state, LAYOUT, rule="adam")
     with pytest.raises(ValueError, match="'a/weight' has shape"):
         report(state, LAYOUT, params=PARAMS, updates={"a": {"weight": jnp.ones((3, 5))}})
+    several = jax.vmap(TX.init)(jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), PARAMS))
+    with pytest.raises(ValueError, match=r"opt_state: the momentum of 'a/weight' has shape \(4, "):
+        report(several, LAYOUT)
     with pytest.raises(TypeError, match="layout: got NoneType, wanted a Layout"):
         report(state, None)
 

@@ -210,6 +210,16 @@ def test_einsum_along_a_diagonal_is_uncovered(equation):
     assert [row.leaf.path for row in layout.uncovered] == ["layers_0/kernel"]
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_with_one_scale_for_all_is_uncovered(norm):
+    model = nn.Sequential([norm(feature_axes=(), use_fast_variance=False), Dense(2)])
+    params = random_params(model, inputs_of((4, 3)))
+    layout, _ = captured(loss_of(model), params, inputs_of((4, 3)))
+    assert {row.leaf.path for row in layout.uncovered} == {
+        f"layers_0/{k}" for k in params["layers_0"]
+    }
+
+
 # The shapes of the contract, written out: kernel, h and mean, s, rows.
 SHAPES = {
     "dense": (Dense(5), (4, 3), (3, 5), (3, 1), (1, 5), 4),

@@ -85,7 +85,7 @@ def report(
       TypeError: for a layout that is none.
       ValueError: if the state has no AdaFisher in it or none of the layout's layers, and for an
         unknown rule or another one than the state's (`"paper"` and `"official"` have like states),
-        or parameters of other paths or shapes than the layout's.
+        or a state or parameters of other shapes than the layout's.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -115,7 +115,7 @@ def report(
             path, at = layer.path, layer.leaves[0].path
             if path not in state.factors or at not in momenta:  # another's, or masked
                 continue
-            _check_rule(chosen, layer, momenta[at], state.scales.get(at))
+            _check(chosen, layer, momenta[at], state.scales.get(at))
             found[path] = _of_layer(
                 layer.nameless,
                 layer.bias is not None and layer.bias.path in momenta,
@@ -239,12 +239,18 @@ def _of_layer(
     )
 
 
-def _check_rule(rule: Rule, layer: Layer, momentum: jax.Array, scale: Scale | None) -> None:
-    wanted = jax.eval_shape(lambda leaf: rule.start_scale(leaf, layer, layer.leaves[0]), momentum)
+def _check(rule: Rule, layer: Layer, momentum: jax.Array, scale: Scale | None) -> None:
+    at = layer.leaves[0]
+    if momentum.shape != at.shape:
+        raise ValueError(
+            f"opt_state: the momentum of {at.path!r} has shape {momentum.shape}, the layout wants "
+            f"{at.shape}: it is of another model, or of several (report under jax.vmap then)"
+        )
+    wanted = jax.eval_shape(lambda leaf: rule.start_scale(leaf, layer, at), momentum)
     if (wanted is None) != (scale is None):
         has, wants = ("none" if one is None else "one" for one in (scale, wanted))
         raise ValueError(
-            f"rule: the state has {has} of the scales of {layer.leaves[0].path!r}, "
+            f"rule: the state has {has} of the scales of {at.path!r}, "
             f"{type(rule).__name__.lower()!r} wants {wants}: it is of another rule"
         )
 

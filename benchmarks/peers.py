@@ -1,8 +1,9 @@
 """Train steps of other optimizers, against AdaFisher's with the rule "centered".
 
-Each has its package's defaults. kfac-jax: curvature in each step, inverses in every fifth. PSGD
-(`kron`): preconditioners updated in 3 steps of 100, where its schedule ends, or "updating" in each,
-as it begins. Shampoo: roots taken in every tenth step, or "updating" in each, its default.
+Each has its package's defaults but for what `optimizers` and `steps.kfac` say. kfac-jax: curvature
+in each step, inverses in every fifth. PSGD (`kron`): preconditioners updated in 3 steps of 100,
+where its schedule ends, or "updating" in each, as it begins. Shampoo: roots taken in every tenth
+step, or "updating" in each, its default.
 """
 
 from benchmarks import optimizers, plots, tasks

@@ -3,8 +3,8 @@
 Gradients and factors are fixed; `kept` are steps without factors, between two refreshes. `gb_per_s`
 counts the bytes that must move: parameters, gradients and momentum in, parameters and momentum out,
 and one more array in and out for AdamW; `of_copy` is its share of what a pass `x + 1` over as many
-bytes as SGD moves reaches, timed in the same rounds. Each row is measured beside AdamW and that
-pass alone, thus in the same way whichever rows are asked for.
+bytes as SGD moves reaches, timed in the same rounds. Each row is measured beside that pass,
+AdamW and SGD, whichever rows are asked for.
 """
 
 import jax
@@ -46,7 +46,7 @@ def run(case, labels, options):
 
     size = nbytes(params)
     for name in labels:
-        contenders = {one: enter(one) for one in dict.fromkeys([BASELINE, name])}
+        contenders = {one: enter(one) for one in dict.fromkeys([*PLAIN, name])}
         contenders[COPY] = contender(lambda x: x + 1, jnp.zeros(5 * size // 8, jnp.float32))
         seconds = interleaved(contenders, options.rounds)
         moved = PASSES.get(name, 5) * size

@@ -85,7 +85,7 @@ def report(
       TypeError: for a layout that is none.
       ValueError: if the state has no AdaFisher in it or none of the layout's layers, and for an
         unknown rule or another one than the state's (`"paper"` and `"official"` have like states),
-        or a state or parameters of other shapes than the layout's.
+        or a state of other shapes, or parameters of other paths or shapes, than the layout's.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp

@@ -9,10 +9,16 @@ from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
 from adafisher_jax.layout import Layout
+from adafisher_jax.loss import check_loss, explaining
 
 
 def trace_layout(
-    loss_fn: Callable[..., Any], model: nnx.Module, /, *args: Any, **kwargs: Any
+    loss_fn: Callable[..., Any],
+    model: nnx.Module,
+    /,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
 ) -> Layout:
     """Finds the layers that `loss_fn(model, *args, **kwargs)` calls, without computing anything.
 
@@ -21,6 +27,7 @@ def trace_layout(
       model: the module; its `nnx.Param`s are the parameters.
       *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`; what is no array
         (`train=True`) is passed on as it is.
+      has_aux: whether `loss_fn` returns `(scalar, aux)`, which is then checked.
       **kwargs: likewise.
 
     Returns:
@@ -28,8 +35,9 @@ def trace_layout(
       `nnx.state(model, nnx.Param)`; a module that is shared has its first one.
 
     Raises:
-      TypeError: for a model that is no module, or an `nnx.Param` that is not floating-point.
-      ValueError: if no layer was met, or layers of two kinds share a parameter.
+      TypeError: for a loss that is a module, a model that is none, an `nnx.Param` that is not
+        floating-point, and what is no pair with `has_aux`.
+      ValueError: as `adafisher_jax.trace_layout`.
 
     Example:
       >>> from flax import nnx
@@ -43,14 +51,16 @@ def trace_layout(
       layers/0/kernel  dense  3   4    -        yes
       100.0% of 16 parameters under a Fisher block
     """
+    check_loss(loss_fn)
     _check(model)
+    explained = explaining(loss_fn, has_aux)
     model, args, kwargs = extract.to_tree((model, args, kwargs))
     params, rest = _parts(model)
 
     def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         whole = _whole(model, params, rest)
         model_again, args, kwargs = extract.from_tree((whole, args, kwargs))
-        loss_fn(model_again, *args, **kwargs)
+        explained(model_again, *args, **kwargs)
         return ()
 
     return capture.trace_layout(loss, params, (rest, args, kwargs), {})
@@ -82,14 +92,17 @@ def value_and_grad(
       >>> model, x = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.array([[1.0, 2.0, 3.0]])
       >>> loss_fn = lambda model, x: jnp.sum(model(x))
       >>> layout = af.nnx.trace_layout(loss_fn, model, x)
-      >>> optimizer = nnx.Optimizer(model, af.adafisher(1e-3, layout), wrt=nnx.Param)
+      >>> tx = af.adafisher(3e-2, layout, rule="centered")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> loss, grads, factors = af.nnx.value_and_grad(loss_fn, layout)(model, x)
       >>> _ = optimizer.update(model, grads, factors=factors)
       >>> factors[""].h.ravel().tolist(), factors[""].s.ravel().tolist()
       ([1.0, 4.0, 9.0], [1.0])
     """
+    check_loss(loss_fn)
     capture.check_layout(layout)
     when = capture.condition(when)
+    explained = explaining(loss_fn, has_aux)
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         _check(model)
@@ -111,7 +124,7 @@ def value_and_grad(
 
         @merge_inputs
         def merged(model: nnx.Module, args: Any, kwargs: Any) -> Any:
-            return loss_fn(model, *args, **kwargs)
+            return explained(model, *args, **kwargs)
 
         return differentiated(model, args, kwargs)
 
@@ -130,4 +143,7 @@ def _whole(model: Any, params: Any, rest: Any) -> Any:
 
 def _check(model: Any) -> None:
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted an nnx.Module")
+        raise TypeError(
+            f"model: got {type(model).__name__}, wanted an nnx.Module; for the parameters of Linen "
+            "there are adafisher_jax.trace_layout and adafisher_jax.value_and_grad"
+        )

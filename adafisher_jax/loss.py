@@ -1,0 +1,54 @@
+"""The loss that a user hands over: what it is, what it returns, and where it can be traced."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax import nnx
+
+
+def check_loss(loss_fn: Any) -> None:
+    """Raises TypeError for what is no function, as a module."""
+    if isinstance(loss_fn, nn.Module | nnx.Module) or not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn: got {type(loss_fn).__name__}, wanted a function that calls the model and "
+            "returns a scalar, as lambda params, x: jnp.mean(model.apply(params, x) ** 2)"
+        )
+
+
+def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """A loss whose errors say what is to be done about them.
+
+    Raises:
+      TypeError: from the returned function, with `has_aux`, for what is no pair of a scalar and
+        something else.
+      ValueError: likewise, for the name of a mapped axis that is not there.
+    """
+
+    @functools.wraps(loss_fn)
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = loss_fn(*args, **kwargs)
+        except NameError as error:
+            if "unbound axis name" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}: the loss reduces over a mapped axis, as nn.BatchNorm(axis_name=...) "
+                "does. Trace its layout under a vmap of that name: docs/devices.md"
+            ) from error
+        if has_aux:
+            _check_pair(result)
+        return result
+
+    return loss
+
+
+def _check_pair(result: Any) -> None:
+    """Raises TypeError for what is not `(scalar, aux)`."""
+    wanted = "has_aux=True wants a loss that returns (scalar, aux)"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"loss_fn: got {type(result).__name__} from it, {wanted}")
+    if (shape := np.shape(result[0])) != ():
+        raise TypeError(f"loss_fn: got a pair from it whose first has shape {shape}, {wanted}")

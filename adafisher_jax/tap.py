@@ -14,8 +14,9 @@ instead; `adafisher_jax.capture.probes` completes it in the traced program. A ma
 stays is nothing but an identity.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from adafisher_jax.factors import Factor
+from adafisher_jax.factors import Axes, Factor
 
 
 class Statistic(Protocol):
@@ -85,8 +86,31 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One call of a layer: what its mark notes.
+
+    Attributes:
+      kind: as in `adafisher_jax.layout.Layer`.
+      weight: the name of its weight, or None.
+      bias: the name of its bias, or None.
+      weight_axes: as the layer sees them, without stacked ones.
+      bias_axes: likewise.
+      groups: feature groups.
+      problem: why it cannot be captured, if so.
+    """
+
+    kind: str
+    weight: str | None
+    bias: str | None
+    weight_axes: Axes
+    bias_axes: Axes
+    groups: int = 1
+    problem: str = ""
+
+
 def mark(
-    statistic: Statistic, x: jax.Array, y: jax.Array, parameters: Sequence[jax.Array], use: Hashable
+    statistic: Statistic, x: jax.Array, y: jax.Array, parameters: Sequence[jax.Array], use: Use
 ) -> jax.Array:
     """Returns `y`, noting in the traced program that a layer computed it with `parameters`."""
     n = len(parameters)

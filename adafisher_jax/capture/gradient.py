@@ -1,9 +1,10 @@
 """Capturing a loss: its layout, and its gradients together with its factors.
 
-A loss is traced once, with the layers it calls leaving marks. The traced program tells which
-parameters they use; given probes there, it is differentiated.
+A loss is traced once, with the layers that are known by name leaving marks. The traced program
+tells which parameters they use and which it multiplies by; given probes there, it is differentiated.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from adafisher_jax.capture.lineage import find_marks
+from adafisher_jax.capture.lineage import find_uses
 from adafisher_jax.capture.probes import insert_probes
+from adafisher_jax.capture.reach import places_reached
 from adafisher_jax.capture.uses import Uses, read_uses
 from adafisher_jax.capture.watch import watching
 from adafisher_jax.factors import Factor
@@ -72,7 +74,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
                 "floating-point array: pass integers as another argument of the loss"
             )
     named, _ = jax.tree_util.tree_flatten_with_path(first)
-    with watching():
+    with watching(), jax.disable_jit(False):  # where loops are unrolled, slices have no layer
         traced = jax.make_jaxpr(program)(first)
     treedef, untraced = outputs
 
@@ -80,7 +82,11 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
         remaining = iter(values)
         return treedef.unflatten([leaf[0] if leaf else next(remaining) for leaf in untraced])
 
-    return _Traced(traced, read_uses(find_marks(traced, len(named)), named), result)
+    outs = traced.jaxpr.outvars
+    scalar = untraced[0] is None and not outs[0].aval.shape if untraced else False
+    counts = [not scalar or i == 0 for i in range(len(outs))]  # beside the loss, outputs are none
+    uses = read_uses(find_uses(traced, len(named)), places_reached(traced, counts), named)
+    return _Traced(traced, uses, result)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -128,10 +134,15 @@ def value_and_grad(
     leaves, _ = by_path(first)
     layout.check_params(leaves)
     traced = _trace(loss_fn, first, *jax.tree.flatten((args, kwargs)))
-    _check_same(layout, traced.uses.layout)
+    _check_same(layout, traced.uses)
 
     zeros = {layer.path: form.zeros(layer, layer.dtype(leaves)) for layer in layout.layers}
-    positions = {} if when is False else traced.uses.sources
+    met = {} if when is False else traced.uses.sources
+    positions = {
+        layer.path: met[layer.leaves[0].path]
+        for layer in layout.layers
+        if layer.leaves[0].path in met
+    }
     probes = {
         positions[layer.path]: _probe(layer, zeros[layer.path], when)
         for layer in layout.layers
@@ -142,7 +153,10 @@ def value_and_grad(
         for place, completion in traced.uses.completions.items()
         if completion.carrier.source in probes
     }
-    probed = insert_probes(traced.program, completions, probes, form.statistic, when is not True)
+    with jax.disable_jit(False):
+        probed = insert_probes(
+            traced.program, completions, probes, form.statistic, when is not True
+        )
 
     def loss(first: Any, probes: dict[int, Factor]) -> Any:
         return traced.result(probed(*jax.tree.leaves(first), *jax.tree.leaves(probes)))
@@ -176,16 +190,24 @@ def condition(when: Any) -> Any:
     return when if isinstance(when, jax.core.Tracer) else bool(when)
 
 
-def _check_same(layout: Layout, met: Layout) -> None:
-    wanted = {layer.path: layer for layer in layout.layers}
-    for layer in met.layers:
-        if layer.path in wanted and layer != wanted[layer.path]:
+def _check_same(layout: Layout, uses: Uses) -> None:
+    """Checks the layers met in a loss against those of a layout; some may take no part."""
+    met = {layer.leaves[0].path: layer for layer in uses.layout.layers}
+    for layer in layout.layers:
+        found = met.get(layer.leaves[0].path)
+        if found and dataclasses.replace(found, path=layer.path) != layer:
             raise ValueError(
-                f"the layer {layer.path!r} is a {layer.kind} with parameters "
-                f"{_described(layer)}, the layout has a {wanted[layer.path].kind} with "
-                f"{_described(wanted[layer.path])}: it was traced from another model"
+                f"the layer {layer.path!r} is a {found.kind} with parameters {_described(found)}, "
+                f"the layout has a {layer.kind} with {_described(layer)}: it was traced from "
+                "another model"
             )
-    if wanted and not wanted.keys() & {layer.path for layer in met.layers}:
+        refused = [leaf.path for leaf in layer.leaves if leaf.path in uses.refused]
+        if not found and refused:
+            raise ValueError(
+                f"the layer {layer.path!r} of the layout has no factors in this loss: "
+                f"{refused[0]!r} is {uses.refused[refused[0]]}"
+            )
+    if layout.layers and not met.keys() & {layer.leaves[0].path for layer in layout.layers}:
         raise ValueError("the capture met no layer of the layout: it was traced from another loss")
 
 

@@ -93,7 +93,7 @@ class Origin:
             return dataclasses.replace(self, axes=kept)
         (piece, *more) = gone
         if more or any(other.axis == piece.axis for axis in kept for other in axis):
-            return _known([self], _REARRANGED)
+            return _known([self], REARRANGED)
         sliced = (*self.sliced, Slice(piece.axis, loop))
         return dataclasses.replace(self, axes=kept, sliced=sliced)
 
@@ -404,7 +404,7 @@ def _unsharded(eqn: core.JaxprEqn, operands: Origins) -> Origins:
 
 
 _COMPUTED = "no layer of a known kind uses it as it is"
-_REARRANGED = "only a slice or a rearrangement of it reaches its layer"
+REARRANGED = "only a slice or a rearrangement of it reaches its layer"
 _OF_PARAMETERS = "multiplied by another parameter before any data"
 _SAME = frozenset(
     "convert_element_type stop_gradient copy reduce_precision sharding_constraint "
@@ -434,7 +434,7 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
         axes = _rearranged(eqn, x.axes) if x and not x.lost else None
         if x and axes is not None:
             return [dataclasses.replace(x, axes=axes)]
-        return [_known(operands, _REARRANGED)] * len(eqn.outvars)
+        return [_known(operands, REARRANGED)] * len(eqn.outvars)
     operands = [_known([x], _COMPUTED) if x and x.is_output else x for x in operands]
     if name == "div" and (divisor := operands[1]) and not divisor.frozen:
         return [_known(operands, _TRANSFORMED)]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from adafisher_jax.capture.lineage import (
     COMPLEX,
+    REARRANGED,
     RECOMPUTED,
     Found,
     Mark,
@@ -210,8 +211,10 @@ class _Reader:
         problem = mark.use.problem or origin.lost or _closed(mark.inside)
         if not problem and origin.repeated:
             problem = "repeated before its layer uses it"
-        own = () if problem else _named_axes(axes, origin)
-        leaf = Leaf(path_of(keys), jnp.shape(array), own)
+        own = () if problem else _named_axes(axes, origin, array.ndim)
+        if own is None:
+            problem = REARRANGED
+        leaf = Leaf(path_of(keys), jnp.shape(array), own or ())
         parts = tuple(path_of((key,)) for key in keys)
         return _Parameter(origin.source, leaf, "/".join(_holder(parts, name)), origin, problem)
 
@@ -323,15 +326,21 @@ def _carrier(origin: Origin, place: Place) -> Carrier:
     return Carrier(origin.source, origin.sliced).within(len(place) - 1)
 
 
-def _named_axes(inner: Axes, origin: Origin) -> Axes:
-    """Names a whole parameter's axes, given those of the slice that a known layer sees."""
-    names = {axis[0].axis: name for axis, name in zip(origin.axes, inner, strict=True) if axis}
-    names |= {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
-    return tuple(names[axis] for axis in range(len(names)))
+def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
+    """Names a whole parameter's axes, given those of the array that a layer sees.
+
+    None if a part of one axis is of inputs and another part of outputs.
+    """
+    if all(len(axis) == 1 and axis[0].inner == 1 for axis in origin.axes):
+        names = {axis[0].axis: name for axis, name in zip(origin.axes, inner, strict=True)}
+        names |= {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
+        if len(names) == rank == len(origin.axes) + len(origin.sliced):
+            return tuple(names[axis] for axis in range(rank))
+    return _source_axes(inner, origin, rank)
 
 
 def _source_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
-    """The same of a product, which may see axes split or merged; None if one is of two kinds."""
+    """The same where axes were split or merged, numbered anew."""
     roles: dict[int, set[str]] = {i: set() for i in range(rank)}
     for axis, name in zip(origin.axes, inner, strict=True):
         for piece in axis:

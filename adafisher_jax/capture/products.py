@@ -69,10 +69,10 @@ def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
         return "the kernel of a convolution in batch groups"
     numbers = params["dimension_numbers"]
     x, kernel, y = (
-        [spec[0], *spec[2:], spec[1]]
+        (spec[0], *spec[2:], spec[1])
         for spec in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
     )
-    kernel = [*kernel[1:], kernel[0]]  # from (out, *window, in) to (*window, in, out)
+    kernel = (*kernel[1:], kernel[0])  # from (out, *window, in) to (*window, in, out)
     sizes: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
     windows = tuple(
         Window(

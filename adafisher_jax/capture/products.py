@@ -26,6 +26,7 @@ class Linear(NamedTuple):
       data: which operand of the equation is the input.
       outputs: for each axis of the output, the weight's axis it is, or None.
       groups: feature groups of a convolution.
+      scales: it is no map of rows, but scales the weight along some of its axes.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Linear(NamedTuple):
     data: int
     outputs: tuple[int | None, ...]
     groups: int = 1
+    scales: bool = False
 
 
 def _letters() -> Callable[[int], str]:
@@ -58,7 +60,8 @@ def _dot_general(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     y = "".join(sides[0][i] for i in batch[0]) + "".join(free)
     data = 1 - weight
     statistic, outputs = _contraction("".join(sides[data]), "".join(sides[weight]), y)
-    return Linear("dense", statistic, data, outputs)
+    scales = set(statistic.x) <= set(statistic.y) and set(statistic.y) == set(statistic.weight)
+    return Linear("dense", statistic, data, outputs, scales=scales and bool(statistic.x))
 
 
 def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:

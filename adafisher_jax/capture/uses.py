@@ -60,7 +60,7 @@ def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]
     for use in found:
         match use:
             case Refusal():
-                reader.reasons.setdefault(use.source, use.why)
+                reader.add_refusal(use, use.place in reached)
             case Mark():
                 reader.add_mark(use, use.place in reached)
             case Product():
@@ -111,6 +111,11 @@ class _Reader:
         self.unused: dict[int, str] = {}
         self.reasons: dict[int, str] = {}  # why a use of a parameter is none of a layer
         self.problems: dict[int, str] = {}  # those that no other use outweighs
+
+    def add_refusal(self, use: Refusal, reached: bool) -> None:
+        """Notes a use that cannot be captured."""
+        outweighs = use.outweighs and reached
+        (self.problems if outweighs else self.reasons).setdefault(use.source, use.why)
 
     def add_mark(self, mark: Mark, reached: bool) -> None:
         """Notes one call of a known layer."""
@@ -167,7 +172,8 @@ class _Reader:
         if axes is None:
             problem = "an axis of it is both of inputs and of outputs"
         if problem or axes is None:
-            self.reasons.setdefault(origin.source, problem)
+            outweighs = not product.derived and not origin.frozen
+            self.add_refusal(Refusal(origin.source, problem, product.place, outweighs), reached)
             return
         parts = [part for key in keys if (part := path_of((key,)))]
         leaf = Leaf(path_of(keys), jnp.shape(array), axes)
@@ -191,9 +197,9 @@ class _Reader:
         names |= {s.axis: f"stack{i}" for i, s in enumerate(product.bias.sliced)}
         axes = tuple(names.get(i, "") for i in range(len(array.shape)))
         sizes = dict(zip(weight.axes, weight.shape, strict=True))
-        wanted = {name for name in weight.axes if not name.startswith("in")}
-        if set(axes) != wanted or any(
-            sizes[a] != n for a, n in zip(axes, array.shape, strict=True)
+        outside = {a for a in weight.axes if not a.startswith("in") and a not in axes}
+        if any(sizes[a] != 1 for a in outside) or any(
+            sizes.get(a, 1) != n for a, n in zip(axes, array.shape, strict=True)
         ):
             return None
         return Leaf(path_of(keys), jnp.shape(array), axes)

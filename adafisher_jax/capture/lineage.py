@@ -316,6 +316,7 @@ def _multiply(
             operands[i] = dataclasses.replace(weight, axes=axes)
             return _combined(operands, scaled=True)
         if isinstance(linear, Linear):
+            linear = products.keep_apart(linear, weight.axes)
             found.append(Product(linear, weight, here.place, inside, here.derived))
             return Origin(here.place, pieces.whole(eqn.outvars[0].aval.shape), frozen=weight.frozen)
         found.append(Refusal(weight.source, linear, here.place, not here.derived))

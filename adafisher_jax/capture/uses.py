@@ -166,9 +166,10 @@ class _Reader:
             problem = problem or "repeated before its layer uses it"
         if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
             problem = problem or COMPLEX
-        axes = (
-            () if problem else _source_axes(linear.statistic.weight_axes, origin, len(array.shape))
-        )
+        axes: Axes | None = ()
+        if not problem:
+            inner = linear.statistic.weight_axes
+            axes = _source_axes(inner, origin, len(array.shape), linear.apart)
         if axes is None:
             problem = "an axis of it is both of inputs and of outputs"
         if problem or axes is None:
@@ -345,13 +346,18 @@ def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
     return _source_axes(inner, origin, rank)
 
 
-def _source_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
-    """The same where axes were split or merged, numbered anew."""
+def _source_axes(inner: Axes, origin: Origin, rank: int, apart: int = 1) -> Axes | None:
+    """The same where axes were split or merged, numbered anew.
+
+    The first `apart` of an axis of outputs are layers of their own.
+    """
     roles: dict[int, set[str]] = {i: set() for i in range(rank)}
     for axis, name in zip(origin.axes, inner, strict=True):
+        role, before = name.rstrip("0123456789"), 1
         for piece in axis:
             if piece.axis is not None:
-                roles[piece.axis].add(name.rstrip("0123456789"))
+                roles[piece.axis].add("batch" if role == "out" and before < apart else role)
+            before *= piece.size
     for s in origin.sliced:
         roles[s.axis] = {"stack"}
     if any(len(found) > 1 for found in roles.values()):

@@ -410,6 +410,35 @@ def lookup(ndim: int, size: int) -> Lookup:
 
 
 @dataclasses.dataclass(frozen=True)
+class Groups:
+    """Experts: rows in a line, group by group, each group with a matrix of its own.
+
+    Inputs are the rows (n, in) and how many of them each group has; rows after the last group are
+    none. The groups of the weight (groups, in, out) are stacked layers, each with rows of its own.
+    """
+
+    @property
+    def weight_axes(self) -> Axes:
+        return ("stack0", "in0", "out0")
+
+    def of_inputs(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        squares, sums = (_by_group(v, sizes) for v in (jnp.square(_wide(x)), _wide(x)))
+        return squares[:, :, None], sums[:, :, None], sizes
+
+    def of_cotangents(self, g: jax.Array, sizes: jax.Array) -> jax.Array:
+        return _by_group(jnp.square(_wide(g)), sizes)[:, None, :]
+
+    def rows(self, y: jax.Array, sizes: jax.Array) -> jax.Array:
+        return sizes[:, None, None]
+
+
+def _by_group(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The sum of each group's rows."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    return jax.ops.segment_sum(rows, group, len(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
 class Normalization:
     r"""The released code's statistics of a normalization layer, from its un-normalised input.
 

@@ -1,7 +1,8 @@
 """Capturing a loss: its layout, and its gradients together with its factors.
 
 A loss is traced once, with the layers that are known by name leaving marks. The traced program
-tells which parameters they use and which it multiplies by; given probes there, it is differentiated.
+tells which parameters they use and which it multiplies by. Given probes there, it is
+differentiated.
 """
 
 import dataclasses

@@ -264,11 +264,10 @@ def _run(eqn: core.JaxprEqn, here: _Around, inputs: Origins, found: Found) -> li
 
 def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str, ...]) -> Mark:
     """The mark, with the axes that the `vmap`s around it took undone, outermost first."""
-    n = eqn.params["parameters"]
-    handed = Operands.of(operands, n).parameters
+    handed = Operands.of(operands, eqn.params).parameters
     found = list(handed)
     for level, dims in enumerate(reversed(eqn.params["levels"])):
-        for i, dim in enumerate(Operands.of(dims, n).parameters):
+        for i, dim in enumerate(Operands.of(dims, eqn.params).parameters):
             if (one := found[i]) and dim is not None:
                 found[i] = one.drop(dim, (*place, (level, 0)))
     axes = tuple(one.axes if one else () for one in handed)

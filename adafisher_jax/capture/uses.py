@@ -67,7 +67,8 @@ def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]
                 reader.add_product(use, use.place in reached)
     if not found:
         raise ValueError(
-            "the capture met no layer: the loss calls no Flax layer and multiplies no parameter by data"
+            "the capture met no layer: the loss calls no Flax layer and multiplies none of its "
+            "parameters by data"
         )
     return reader.finish()
 

@@ -124,7 +124,8 @@ class Product(NamedTuple):
       linear: how the equation multiplies.
       weight: the parameter's origin.
       bias: that of the parameter added to the output.
-      bias_axes: for each axis of the bias, the weight's axis it is, both of their sources.
+      bias_axes: for each axis of the bias longer than one, the weight's axis it is, both of their
+        sources.
       place: of its equation.
       inside: as of a mark.
       derived: it lies in the call of a marked layer, or in the backward pass of a derivative that
@@ -335,7 +336,7 @@ def _pair(output: Origin, bias: Origin, found: Found) -> None:
 def _bias_axes(
     product: Product, output: Origin, bias: Origin
 ) -> tuple[tuple[int, int], ...] | None:
-    """For each axis of a bias, the weight's; None for what is no bias of the product."""
+    """For each axis of a bias longer than one, the weight's; None for what is no bias."""
     weight, outputs = product.weight, product.linear.outputs
     loops = [[s.loop for s in x.sliced] for x in (weight, bias)]
     if output.sliced or bias.frozen != weight.frozen or loops[0] != loops[1]:
@@ -348,11 +349,13 @@ def _bias_axes(
         roles = {outputs[p.axis] is None for p in axis if p.axis is not None}
         if len(roles) > 1:
             return None
+        of_bias = tuple(p for p in of_bias if p.size > 1)
         if roles != {False}:  # rows
-            if of_bias and not pieces.repeated(of_bias):
+            if any(p.axis is not None for p in of_bias):
                 return None
             continue
         of_weight = pieces.within(tuple(of_output), axis)
+        of_weight = of_weight and tuple(p for p in of_weight if p.size > 1)
         if of_weight is None or len(of_weight) != len(of_bias):
             return None
         for mine, its in zip(of_bias, of_weight, strict=True):

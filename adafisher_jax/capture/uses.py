@@ -190,12 +190,12 @@ class _Reader:
         keys, array = self.named[product.bias.source]
         names = {mine: weight.axes[its] for mine, its in product.bias_axes}
         names |= {s.axis: f"stack{i}" for i, s in enumerate(product.bias.sliced)}
-        axes = tuple(names.get(i, "") for i in range(len(array.shape)))
+        wanted = [name for name in weight.axes if not name.startswith("in")]
+        left = iter([name for name in wanted if name not in names.values()])  # of size one
+        axes = tuple(names[i] if i in names else next(left, "") for i in range(array.ndim))
         sizes = dict(zip(weight.axes, weight.shape, strict=True))
-        wanted = {name for name in weight.axes if not name.startswith("in")}
-        if set(axes) != wanted or any(
-            sizes[a] != n for a, n in zip(axes, array.shape, strict=True)
-        ):
+        found = zip(axes, array.shape, strict=True)
+        if set(axes) != set(wanted) or any(sizes[axis] != n for axis, n in found):
             return None
         return Leaf(path_of(keys), jnp.shape(array), axes)
 

@@ -47,8 +47,11 @@ def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[.
 
 def _check_pair(result: Any) -> None:
     """Raises TypeError for what is not `(scalar, aux)`."""
-    wanted = "has_aux=True wants a loss that returns (scalar, aux)"
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"loss_fn: got {type(result).__name__} from it, {wanted}")
-    if (shape := np.shape(result[0])) != ():
-        raise TypeError(f"loss_fn: got a pair from it whose first has shape {shape}, {wanted}")
+    pair = isinstance(result, tuple) and len(result) == 2
+    value = result[0] if isinstance(result, tuple) and pair else result
+    if not pair or np.shape(value) != ():
+        got = f"an array of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
+        raise TypeError(
+            f"loss_fn: it returns {'a pair of which the first is ' if pair else ''}{got}, with "
+            "has_aux=True wanted is a pair (scalar, aux)"
+        )

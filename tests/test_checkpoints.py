@@ -230,7 +230,7 @@ def one_array(state):
 
 
 def test_orbax_keeps_a_state_without_layers(ocp, tmp_path):
-    tx = af.adafisher(0.1)
+    tx = af.adafisher(0.1, None, rule="paper")
     params = {"w": jnp.ones(2)}
     _, state = tx.update(params, tx.init(params))
     with ocp.StandardCheckpointer() as checkpointer:

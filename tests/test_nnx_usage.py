@@ -307,7 +307,7 @@ def test_training_under_nnx_jit():
 def test_the_functional_style_is_the_same():
     model, x = random_model(Block), inputs_of(X)
     layout = af.nnx.trace_layout(loss_of, model, x)
-    tx = af.adafisher(1e-2, layout)
+    tx = af.adafisher(1e-2, layout, rule="paper")
     expected, _ = trained(model, tx, nnx.Param, loss_of, layout, x)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -363,7 +363,7 @@ def test_one_program_with_a_schedule_equals_leaving_factors_out():
 def test_the_optimizer_takes_either_form_of_the_state(form):
     model, x = random_model(Block), inputs_of(X)
     layout = af.nnx.trace_layout(loss_of, model, x)
-    tx = af.adafisher(1e-2, layout)
+    tx = af.adafisher(1e-2, layout, rule="paper")
     _, grads, factors = af.nnx.value_and_grad(loss_of, layout)(model, x)
     params = form(model, nnx.Param)
     grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))

@@ -10,7 +10,7 @@ uses or devices) it does to the statistics.
 
 Where a layer is met while a loss is traced, its parameters are at hand but no
 probe is. So it gets a tap that lacks one, a *mark*, which notes the parameters
-instead; `adafisher_jax.probes` completes it in the traced program. A mark that
+instead; `adafisher_jax.capture.probes` completes it in the traced program. A mark that
 stays is nothing but an identity.
 """
 

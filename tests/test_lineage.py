@@ -10,8 +10,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 import adafisher_jax as af
-from adafisher_jax import lineage, statistics
-from adafisher_jax.lineage import Origin, Slice
+from adafisher_jax import statistics
+from adafisher_jax.capture import lineage
+from adafisher_jax.capture.lineage import Origin, Slice
 from adafisher_jax.tap import mark
 
 W = jax.ShapeDtypeStruct((4, 3, 2), jnp.float32)  # the source 0: three axes to tell apart

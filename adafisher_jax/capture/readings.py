@@ -15,9 +15,9 @@ import opt_einsum
 from flax.linen.linear import canonicalize_padding
 
 from adafisher_jax import statistics
+from adafisher_jax.capture.uses import Use
 from adafisher_jax.statistics import Window
 from adafisher_jax.tap import mark
-from adafisher_jax.uses import Use
 
 
 class Reading(NamedTuple):

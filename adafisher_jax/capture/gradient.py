@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from adafisher_jax.capture.lineage import find_marks
+from adafisher_jax.capture.probes import insert_probes
+from adafisher_jax.capture.uses import Uses, read_uses
+from adafisher_jax.capture.watch import watching
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, by_path
-from adafisher_jax.lineage import find_marks
-from adafisher_jax.probes import insert_probes
 from adafisher_jax.tap import Statistic, vary_like
-from adafisher_jax.uses import Uses, read_uses
-from adafisher_jax.watch import watching
 
 
 class Form(NamedTuple):

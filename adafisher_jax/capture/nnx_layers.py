@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adafisher_jax import readings, statistics
-from adafisher_jax.readings import OnCall, Read, Reader, Reading
+from adafisher_jax import statistics
+from adafisher_jax.capture import readings
+from adafisher_jax.capture.readings import OnCall, Read, Reader, Reading
 
 
 def _linear_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading | None:

@@ -10,8 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from adafisher_jax import readings, statistics
-from adafisher_jax.readings import OnCall, Read, Reader, Reading
+from adafisher_jax import statistics
+from adafisher_jax.capture import readings
+from adafisher_jax.capture.readings import OnCall, Read, Reader, Reading
 
 
 def _dense_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from adafisher_jax.capture.lineage import RECOMPUTED, Mark, Origin, Place
+from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, path_of
-from adafisher_jax.lineage import RECOMPUTED, Mark, Origin, Place
-from adafisher_jax.probes import ENTERED, Carrier, Completion
 
 
 @dataclasses.dataclass(frozen=True)

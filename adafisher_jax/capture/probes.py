@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from adafisher_jax.capture.lineage import Place, Slice, bodies
 from adafisher_jax.factors import Factor
-from adafisher_jax.lineage import Place, Slice, bodies
 from adafisher_jax.tap import Statistic
 
 ENTERED = frozenset("jit closed_call checkpoint remat remat2 cond scan shard_map".split())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,18 @@ def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"two arrays have the same path {twice!r}: a key contains '/'")
     return found, treedef
+
+
+def check_floating(leaves: Mapping[str, Any]) -> None:
+    """Raises TypeError, naming its path, for what is no floating-point array or number."""
+    for path, leaf in leaves.items():
+        known = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
+        found = jnp.result_type(leaf) if known else type(leaf).__name__
+        if not known or not jnp.issubdtype(found, jnp.inexact):
+            raise TypeError(
+                f"the parameter {path!r} is of type {found}, wanted a floating-point array: pass "
+                "what is none as another argument of the loss"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

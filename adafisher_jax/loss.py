@@ -50,7 +50,9 @@ def _check_pair(result: Any) -> None:
     pair = isinstance(result, tuple) and len(result) == 2
     value = result[0] if isinstance(result, tuple) and pair else result
     if not pair or np.shape(value) != ():
-        got = f"an array of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
+        got = (
+            f"an array of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
+        )
         raise TypeError(
             f"loss_fn: it returns {'a pair of which the first is ' if pair else ''}{got}, with "
             "has_aux=True wanted is a pair (scalar, aux)"

@@ -245,6 +245,14 @@ class Layout:
         inside = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
         return inside / max(sum(leaf.size for leaf in self.leaves), 1)
 
+    def only(self, paths: Iterable[str]) -> "Layout":
+        """The layout with the layers at some paths; the parameters of the others are uncovered."""
+        kept = set(paths)
+        left = [leaf for x in self.layers if x.path not in kept for leaf in x.leaves]
+        rows = [*self.uncovered, *(Uncovered(Leaf(x.path, x.shape), "left out") for x in left)]
+        rows.sort(key=lambda row: row.leaf.path)
+        return Layout(tuple(x for x in self.layers if x.path in kept), tuple(rows))
+
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Checks arrays by path against the layout; they may be some of its parameters.
 
@@ -275,12 +283,9 @@ class Layout:
         rows.insert(1, tuple("-" * width for width in [*widths[:-1], len(header[-1])]))
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         total = sum(leaf.size for leaf in self.leaves)
-        lines += [f"{self.covered:.1%} of {total:,} parameters under a Fisher block"]
-        if self.uncovered:
-            lines += [
-                'the others: momentum without curvature; "centered" divides it by a running RMS'
-            ]
-        return "\n".join(lines)
+        share = f"{self.covered:.1%} of {total:,} parameters under a Fisher block"
+        others = ', others get momentum ("centered": over an RMS)'
+        return "\n".join([*lines, share + (others if self.uncovered else "")])
 
 
 def _row(leaf: Leaf, kind: str, reason: str = "") -> tuple[str, ...]:

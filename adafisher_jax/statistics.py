@@ -231,7 +231,7 @@ class Window:
         if self.flip:
             starts = starts[::-1]
         first, phase = starts // self.stride, starts % self.stride
-        blocks = (max(first) + self.outputs - 1) // self.outputs + 1
+        blocks = (int(max(first)) + self.outputs - 1) // self.outputs + 1
         length = (totals.shape[1] - 1) * self.input_dilation + 1
         high = blocks * self.outputs * self.stride - self.low - length
         gaps = [(0, 0, 0), (self.low, high, self.input_dilation - 1), (0, 0, 0)]

@@ -173,7 +173,7 @@ def test_ages_and_skipped_refreshes_are_counted_where_they_are():
         if refresh == "bad":
             factors = factors | {"a": factors["a"]._replace(s=factors["a"].s.at[0, 1].set(np.nan))}
         _, state = tx.update(grads, state, PARAMS, factors=factors if refresh else None)
-        found = report(state, LAYOUT)
+        found = report(state, LAYOUT, rule="paper")
         seen.append([(int(found[name].age), int(found[name].skipped)) for name in "ab"])
         assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(found))
     of_a, of_b = zip(*seen, strict=True)
@@ -202,7 +202,7 @@ def test_quantiles_of_wide_layers_are_off_by_a_thirty_second_in_rank_at_most():
     tx = af.adafisher(RATE, layout, rule="paper")
     grads = random_tree(rng, WIDE)
     updates, state = tx.update(grads, tx.init(grads), factors={"wide": random_factor(rng, WIDE)})
-    found = report(state, layout, learning_rate=RATE)["wide"]
+    found = report(state, layout, rule="paper", learning_rate=RATE)["wide"]
     rates = np.asarray(-updates["wide"]["weight"] / grads["wide"]["weight"])
     for quantile, got in zip(QUANTILES, found[1:4], strict=True):
         assert abs(np.mean(rates < got) - quantile) <= 1 / 32
@@ -236,7 +236,7 @@ def test_each_part_of_a_partition_reports_its_own_layers():
         }
         _, state = stepped(optax.partition(parts, {"a": "a", "b": "b"}))
         whole = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT)
-        jax.tree.map(np.testing.assert_array_equal, report(state, LAYOUT), whole)
+        jax.tree.map(np.testing.assert_array_equal, report(state, LAYOUT, rule="paper"), whole)
 
 
 @every_rule
@@ -267,7 +267,13 @@ def test_injected_hyperparameters_are_handed_on():
     )
     updates, state = stepped(tx)
     values = state.hyperparams
-    found = report(state, LAYOUT, damping=values["damping"], learning_rate=values["learning_rate"])
+    found = report(
+        state,
+        LAYOUT,
+        rule="paper",
+        damping=values["damping"],
+        learning_rate=values["learning_rate"],
+    )
     rates = -updates["a"]["weight"] / data(0)[0]["a"]["weight"]
     close(found["a"][1:4], np.quantile(rates, QUANTILES), rtol=1e-5)
 
@@ -280,7 +286,7 @@ def test_a_train_state_is_read():
     state = state.apply_gradients(grads=grads, factors=factors)
     expected = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT)
     for given in (state, state.opt_state):
-        jax.tree.map(np.testing.assert_array_equal, report(given, LAYOUT), expected)
+        jax.tree.map(np.testing.assert_array_equal, report(given, LAYOUT, rule="paper"), expected)
 
 
 def test_an_nnx_optimizer_is_read():
@@ -313,7 +319,7 @@ def test_an_nnx_optimizer_is_read():
 
 
 def look(layout, state, params, updates):
-    return report(state, layout, learning_rate=RATE, params=params, updates=updates)
+    return report(state, layout, rule="paper", learning_rate=RATE, params=params, updates=updates)
 
 
 # In a training step.
@@ -403,20 +409,22 @@ def test_scalars_leave_out_what_there_is_not():
 def test_errors_say_what_is_missing():
     state = stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1]
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
-        report(optax.adam(0.1).init(PARAMS), LAYOUT)
+        report(optax.adam(0.1).init(PARAMS), LAYOUT, rule="paper")
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
-        report(state, layout_of(ALL["column"]))
+        report(state, layout_of(ALL["column"]), rule="paper")
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
         report(af.adafisher(RATE, None, rule="paper").init(PARAMS), LAYOUT)
     with pytest.raises(ValueError, match="rule: got 'adam'"):
         report(state, LAYOUT, rule="adam")
     with pytest.raises(ValueError, match="'a/weight' has shape"):
-        report(state, LAYOUT, params=PARAMS, updates={"a": {"weight": jnp.ones((3, 5))}})
+        report(
+            state, LAYOUT, rule="paper", params=PARAMS, updates={"a": {"weight": jnp.ones((3, 5))}}
+        )
     several = jax.vmap(TX.init)(jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), PARAMS))
     with pytest.raises(ValueError, match=r"opt_state: the momentum of 'a/weight' has shape \(4, "):
-        report(several, LAYOUT)
+        report(several, LAYOUT, rule="paper")
     with pytest.raises(TypeError, match="layout: got NoneType, wanted a Layout"):
-        report(state, None)
+        report(state, None, rule="paper")
 
 
 @every_rule

@@ -248,7 +248,7 @@ def soak_step(tx, carry, inputs):
     factors = jax.tree.map(lambda a: jnp.where(fault == ABSENT, 0, a), factors)
     updates, state = jax.lax.cond(
         fault == NO_FACTORS,
-        lambda: tx.update(grads, state, params),
+        lambda: tx.update(grads, state, params, factors=None),
         lambda: tx.update(grads, state, params, factors=factors),
     )
     params = optax.apply_updates(params, updates)

@@ -326,7 +326,7 @@ def test_the_functional_style_is_the_same():
 
 
 @pytest.mark.slow
-def test_one_program_with_a_schedule_equals_leaving_factors_out():
+def test_one_program_with_a_schedule_equals_factors_of_none():
     """The dropout's random numbers go on in either case."""
     model, x = random_model(lambda rngs: Block(rngs, dropout=0.5)), inputs_of(X)
     layout = af.nnx.trace_layout(loss_of, model, x)
@@ -347,7 +347,7 @@ def test_one_program_with_a_schedule_equals_leaving_factors_out():
     @nnx.jit
     def keeping(model, optimizer):
         _, grads = plain(model, x)
-        optimizer.update(model, grads)
+        optimizer.update(model, grads, factors=None)
 
     one, two = (
         (copy, nnx.Optimizer(copy, tx, wrt=nnx.Param)) for copy in (model, nnx.clone(model))

@@ -20,7 +20,7 @@ from adafisher_jax.capture.reach import places_reached
 from adafisher_jax.capture.uses import Uses, read_uses
 from adafisher_jax.capture.watch import watching
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path
+from adafisher_jax.layout import Layer, Layout, by_path, check_floating
 from adafisher_jax.tap import Statistic, vary_like
 
 
@@ -68,12 +68,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
         return [leaf for leaf, t in zip(found, traced, strict=True) if t]
 
     parameters, _ = by_path(first)
-    for path, leaf in parameters.items():
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
-                "floating-point array: pass integers as another argument of the loss"
-            )
+    check_floating(parameters)
     named, _ = jax.tree_util.tree_flatten_with_path(first)
     with watching(), jax.disable_jit(False):  # where loops are unrolled, slices have no layer
         traced = jax.make_jaxpr(program)(first)

@@ -51,7 +51,7 @@ class Factor(NamedTuple):
           Factor(h=Array(2., dtype=float32), s=Array(0.5, dtype=float32),
                  rows=Array(4., dtype=float32), mean=Array(1., dtype=float32))
         """
-        n = jnp.maximum(self.rows, 1)
+        n = jnp.where(self.rows > 0, self.rows, 1)
         return Factor(self.h / n, self.s / n, self.rows, self.mean / n)
 
     def unscale(self, scale: jax.typing.ArrayLike) -> "Factor":

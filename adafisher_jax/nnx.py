@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 from flax.nnx import extract
 from flax.nnx.transforms.general import merge_inputs, split_inputs
@@ -60,8 +61,8 @@ def trace_layout(
     def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         whole = _whole(model, params, rest)
         model_again, args, kwargs = extract.from_tree((whole, args, kwargs))
-        explained(model_again, *args, **kwargs)
-        return ()
+        result = explained(model_again, *args, **kwargs)
+        return jax.tree.leaves(result)[:1]  # the loss: what else there is may be no pytree
 
     return capture.trace_layout(loss, params, (rest, args, kwargs), {})
 

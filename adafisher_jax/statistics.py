@@ -25,7 +25,7 @@ def _sum_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.sum(jnp.square(_wide(x)), axis=tuple(axes))
 
 
-def _numbered(roles: Sequence[str]) -> Axes:
+def numbered(roles: Sequence[str]) -> Axes:
     """Numbers the axes of each role: in, in, out → in0, in1, out0."""
     return tuple(f"{role}{list(roles[:i]).count(role)}" for i, role in enumerate(roles))
 
@@ -50,7 +50,7 @@ class Contraction:
 
     @property
     def weight_axes(self) -> Axes:
-        return _numbered([self._role(letter) for letter in self.weight])
+        return numbered([self._role(letter) for letter in self.weight])
 
     @property
     def bias_axes(self) -> Axes:
@@ -278,17 +278,14 @@ class Convolution:
     Attributes:
       windows: one for each spatial axis.
       groups: feature groups. They share one kernel slice: `h` and `mean` average over them.
-      transposed: the kernel's last two axes are (out, in).
     """
 
     windows: tuple[Window, ...]
     groups: int = 1
-    transposed: bool = False
 
     @property
     def weight_axes(self) -> Axes:
-        channels = ["out", "in"] if self.transposed else ["in", "out"]
-        return _numbered(["in"] * len(self.windows) + channels)
+        return numbered(["in"] * (len(self.windows) + 1) + ["out"])
 
     @property
     def bias_axes(self) -> Axes:
@@ -324,9 +321,7 @@ class Convolution:
 
         totals = jnp.stack([total(lambda x: jnp.square(_wide(x))), total(_wide)], axis=-2)
         squares, sums = jnp.moveaxis(self._gather(totals, counts), -2, 0)
-        *space, channels = squares.shape
-        shape = (*space, 1, channels) if self.transposed else (*space, channels, 1)
-        return jnp.maximum(squares, 0).reshape(shape), sums.reshape(shape)
+        return jnp.maximum(squares, 0)[..., None], sums[..., None]
 
     def _gather(self, totals: jax.Array, counts: Sequence[np.ndarray | None]) -> jax.Array:
         """Sums batch sums of the input, (*positions, sums, channels), into the kernel's in axes."""
@@ -348,8 +343,7 @@ class Convolution:
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         s = _sum_squares(g, range(g.ndim - 1))
-        end = (s.size, 1) if self.transposed else (1, s.size)
-        return s.reshape((1,) * len(self.windows) + end)
+        return s.reshape((1,) * (len(self.windows) + 1) + s.shape)
 
     def rows(self, y: jax.Array) -> int:
         return math.prod(y.shape[:-1])
@@ -367,11 +361,11 @@ class LocalConvolution:
 
     @property
     def weight_axes(self) -> Axes:
-        return _numbered(["batch"] * len(self.windows) + ["in", "out"])
+        return numbered(["batch"] * len(self.windows) + ["in", "out"])
 
     @property
     def bias_axes(self) -> Axes:
-        return _numbered(["batch"] * len(self.windows) + ["out"])
+        return numbered(["batch"] * len(self.windows) + ["out"])
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         batch = tuple(range(x.ndim - len(self.windows) - 1))
@@ -399,29 +393,130 @@ class LocalConvolution:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookup:
-    """An embedding: its inputs are one-hot, so `h` counts tokens. A row is one lookup."""
+class Rearranged:
+    """Another layer's statistic, where arrays have their axes in another order.
 
-    size: int
+    Attributes:
+      layer: the statistic, of arrays in its own order.
+      x: for each axis of the input in that order, which one it is here; None for the same.
+      weight: likewise of the weight.
+      y: likewise of the output.
+    """
+
+    layer: Convolution
+    x: tuple[int, ...] | None
+    weight: tuple[int, ...]
+    y: tuple[int, ...] | None
 
     @property
     def weight_axes(self) -> Axes:
-        return ("in0", "out0")
+        return tuple(self.layer.weight_axes[self.weight.index(i)] for i in range(len(self.weight)))
+
+    @property
+    def bias_axes(self) -> Axes:
+        return self.layer.bias_axes
+
+    def back(self, value: jax.Array) -> jax.Array:
+        """An array like the weight, in the order of the weight here."""
+        return value.transpose([self.weight.index(i) for i in range(len(self.weight))])
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        squares, sums = self.layer.of_inputs(jnp.transpose(x, self.x or range(x.ndim)))
+        return self.back(squares), self.back(sums)
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        return self.back(self.layer.of_cotangents(jnp.transpose(g, self.y or range(g.ndim))))
+
+    def rows(self, y: jax.Array) -> int:
+        return self.layer.rows(jnp.transpose(y, self.y or range(y.ndim)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A table whose rows are looked up: its inputs are one-hot, so `h` counts tokens.
+
+    A row is one lookup. A table of one row is used whatever the index is.
+
+    Attributes:
+      map: the linear map of one-hot inputs, whose last axis is the table's.
+      size: of that axis.
+      component: where indices are vectors, as in `jax.lax.gather`, which entry is meant.
+      clips: whether an index outside of the table means its nearest row, or else none.
+    """
+
+    map: Contraction
+    size: int
+    component: int | None = None
+    clips: bool = False
+
+    @property
+    def weight_axes(self) -> Axes:
+        return self.map.weight_axes
 
     @property
     def bias_axes(self) -> Axes:
         return ()
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        index = jnp.ravel(x) if self.size > 1 else jnp.zeros(x.size, jnp.int32)
-        counts = jnp.zeros((self.size, 1), jnp.float32).at[index].add(1)
+        *letters, looked_up = self.map.x
+        index = self.index(x)
+        batch = [i for i, c in enumerate(letters) if c in self.map.weight]
+        sizes = [index.shape[i] for i in batch]
+        places = [jax.lax.broadcasted_iota(jnp.int32, index.shape, i) for i in batch]
+        counts = jnp.zeros((*sizes, self.size), jnp.float32).at[(*places, index)].add(1)
+        kept = "".join(letters[i] for i in batch) + looked_up
+        counts = self.map._like_weight(counts, kept)
         return counts, counts
 
+    def index(self, x: jax.Array) -> jax.Array:
+        """The indices; `size`, which is no row, in place of those that mean none."""
+        if self.size == 1:
+            x = x if self.component is None else x[..., self.component]
+            return jnp.zeros(x.shape, jnp.int32)
+        if self.component is None:
+            return x
+        x = x[..., self.component]
+        return jnp.clip(x, 0, self.size - 1) if self.clips else jnp.where(x < 0, self.size, x)
+
     def of_cotangents(self, g: jax.Array) -> jax.Array:
-        return _sum_squares(g, range(g.ndim - 1))[None, :]
+        return self.map.of_cotangents(g)
 
     def rows(self, y: jax.Array) -> int:
-        return math.prod(y.shape[:-1])
+        return self.map.rows(y)
+
+
+def lookup(ndim: int, size: int) -> Lookup:
+    """The lookup of whole rows of a table (size, features), with indices of rank `ndim`."""
+    return Lookup(dense(ndim + 1), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Experts: rows in a line, group by group, each group with a matrix of its own.
+
+    Inputs are the rows (n, in) and how many of them each group has; rows after the last group are
+    none. The groups of the weight (groups, in, out) are stacked layers, each with rows of its own.
+    """
+
+    @property
+    def weight_axes(self) -> Axes:
+        return ("stack0", "in0", "out0")
+
+    def of_inputs(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        squares, sums = (_by_group(v, sizes) for v in (jnp.square(_wide(x)), _wide(x)))
+        return squares[:, :, None], sums[:, :, None], sizes
+
+    def of_cotangents(self, g: jax.Array, sizes: jax.Array) -> jax.Array:
+        return _by_group(jnp.square(_wide(g)), sizes)[:, None, :]
+
+    def rows(self, y: jax.Array, sizes: jax.Array) -> jax.Array:
+        return sizes[:, None, None]
+
+
+def _by_group(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The sum of each group's rows."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    return jax.ops.segment_sum(rows, group, len(sizes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,7 +544,7 @@ class Normalization:
 
     @property
     def weight_axes(self) -> Axes:
-        return _numbered(["out"] * len(self.channels))
+        return numbered(["out"] * len(self.channels))
 
     @property
     def bias_axes(self) -> Axes:

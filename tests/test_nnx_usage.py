@@ -140,7 +140,7 @@ def test_layers_that_share_their_kernel_but_not_their_bias_are_uncovered():
     assert all("differ in their bias" in row.reason for row in layout.uncovered)
 
 
-def test_arithmetic_of_ones_own_is_uncovered():
+def test_arithmetic_of_ones_own_is_a_layer_of_what_it_multiplies_by():
     class Own(nnx.Linear):
         def __call__(self, x):
             return x @ self.kernel[...]
@@ -148,9 +148,12 @@ def test_arithmetic_of_ones_own_is_uncovered():
     def make(rngs):
         return nnx.Sequential(Own(3, 3, param_dtype=F64, rngs=rngs), linear(rngs))
 
-    layout, _ = captured(loss_of, random_model(make), inputs_of(X))
-    assert paths(layout) == ["layers/1"]
-    assert [row.leaf.path for row in layout.uncovered] == ["layers/0/bias", "layers/0/kernel"]
+    layout, factors = captured(loss_of, random_model(make), inputs_of(X))
+    assert paths(layout) == ["layers/0", "layers/1"]
+    assert [row.leaf.path for row in layout.uncovered] == ["layers/0/bias"]
+    np.testing.assert_allclose(
+        factors["layers/0"].h[:, 0], np.mean(inputs_of(X).reshape(-1, 3) ** 2, 0), 1e-12
+    )
 
 
 def test_an_abstract_model_has_the_same_layout():

@@ -1,25 +1,36 @@
-"""Where does each layer's parameter come from?  Read off the traced program.
+"""Which parameters do the layers and products of a traced program use?
 
-A loss may hand a model its parameters as they are, cast, masked, partly frozen, out of a larger
-structure, or through `jax.jit` and `jax.checkpoint`; a lifted transform may slice them. None of
-that can be told from names or array identities, but all of it is plain in the program JAX
-traces. There each call of a layer has left a mark (`adafisher_jax.tap`), and `find_marks`
-follows the data from the program's inputs to the marks' parameters.
+A loss may hand a model its parameters as they are, cast, masked, reshaped, partly frozen, out of a
+larger structure, or through `jax.jit` and `jax.checkpoint`; a lifted transform may slice them. None
+of that can be told from names or array identities, but all of it is plain in the traced program.
+`find_uses` follows the data from the program's inputs to what uses them:
+
+- each call of a layer that is known by name has left a mark (`adafisher_jax.tap`);
+- every product of a parameter with data is a layer, whoever wrote it (`products`). A parameter that
+  is added to its output, along the output's own axes, is its bias.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from adafisher_jax.tap import Operands, tap_p
+from adafisher_jax.capture import pieces, products
+from adafisher_jax.capture.pieces import Axes
+from adafisher_jax.capture.products import Linear
+from adafisher_jax.tap import Operands, Use, tap_p
 
 RECOMPUTED = "checkpoint, again"
 """In place of a primitive's name, that of a `jax.checkpoint` in the backward pass of a gradient."""
+
+MARKED = "adafisher_layer"
+"""The `jax.named_scope` of a call that leaves a mark: products in it are the marked layer's."""
+
+COMPLEX = "complex, for which the factors are not defined"
 
 Place = tuple[tuple[int, int], ...]
 """Of an equation: in its program, and in those around it, its index and which body it is in."""
@@ -39,23 +50,38 @@ class Slice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The program input an array came from, and what happened on the way.
+    """What an array came from, and what happened on the way.
 
     Attributes:
-      source: the position of the input; None where several are behind the array.
-      axes: for each axis of the array, the source's axis it is; None for one it is repeated along.
+      source: the position of the program input, or the place of the product whose output it is;
+        None where several arrays, or only data, are behind it.
+      axes: see `adafisher_jax.capture.pieces`.
       sliced: the source's axes that are gone, in the order they went.
       frozen: passed through `stop_gradient`.
       mixed: combined element by element with other arrays (a mask, noise).
       lost: why it is no longer the source or a slice of it, if so.
     """
 
-    source: int | None
-    axes: tuple[int | None, ...]
+    source: int | Place | None
+    axes: Axes
     sliced: tuple[Slice, ...] = ()
     frozen: bool = False
     mixed: bool = False
     lost: str = ""
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is, but for its form, an input of the program."""
+        return isinstance(self.source, int) and not self.lost
+
+    @property
+    def is_output(self) -> bool:
+        """Whether it is, but for its form, the output of a product."""
+        return isinstance(self.source, tuple) and not self.lost
+
+    @property
+    def repeated(self) -> bool:
+        return any(map(pieces.repeated, self.axes))
 
     def drop(self, axis: int, loop: Place) -> "Origin":
         """The origin of one slice along `axis`."""
@@ -63,12 +89,17 @@ class Origin:
             return self
         gone = self.axes[axis]
         kept = self.axes[:axis] + self.axes[axis + 1 :]
-        sliced = self.sliced if gone is None else (*self.sliced, Slice(gone, loop))
+        if not gone or pieces.repeated(gone):
+            return dataclasses.replace(self, axes=kept)
+        (piece, *more) = gone
+        if more or any(other.axis == piece.axis for axis in kept for other in axis):
+            return _known([self], REARRANGED)
+        sliced = (*self.sliced, Slice(piece.axis, loop))
         return dataclasses.replace(self, axes=kept, sliced=sliced)
 
 
 class Mark(NamedTuple):
-    """One call of a layer met in a program.
+    """One call of a known layer.
 
     Attributes:
       use: what the adapter called it.
@@ -76,30 +107,63 @@ class Mark(NamedTuple):
       place: of its equation.
       inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first, or
         `RECOMPUTED`.
-      axes: for each axis that its parameters have in the program, the source's axis it is, as in
-        an origin; `vmap`s around the mark take some of them.
+      axes: for each of its parameters, its axes in the program; `vmap`s around the mark take some.
     """
 
-    use: Hashable
+    use: Use
     origins: tuple[Origin | None, ...]
     place: Place
     inside: tuple[str, ...]
-    axes: tuple[tuple[int | None, ...], ...]
+    axes: tuple[Axes, ...]
 
 
-def find_marks(program: core.ClosedJaxpr, sources: int) -> list[Mark]:
-    """Finds the calls of layers in a traced program, in program order.
+class Product(NamedTuple):
+    """One product of a parameter with data.
 
-    The first `sources` inputs of the program are followed. A mark inside a loop is reported
-    once; a function that is traced once and called twice is reported at each call.
+    Attributes:
+      linear: how the equation multiplies.
+      weight: the parameter's origin.
+      bias: that of the parameter added to the output.
+      bias_axes: for each axis of the bias longer than one, the weight's axis it is, both of their
+        sources.
+      place: of its equation.
+      inside: as of a mark.
+      derived: it lies in the call of a marked layer, or in the backward pass of a derivative that
+        the loss takes: another use of the weight describes it, if there is one.
+    """
+
+    linear: Linear
+    weight: Origin
+    place: Place
+    inside: tuple[str, ...]
+    derived: bool
+    bias: Origin | None = None
+    bias_axes: tuple[tuple[int, int], ...] = ()
+
+
+class Refusal(NamedTuple):
+    """A use of a parameter that cannot be captured, and why."""
+
+    source: int
+    why: str
+
+
+Found = list[Mark | Product | Refusal]
+
+
+def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
+    """Finds what uses the first `sources` inputs of a traced program, in program order.
+
+    A use inside a loop is reported once; a function that is traced once and called twice is
+    reported at each call.
     """
     inputs = [
-        Origin(i, tuple(range(len(var.aval.shape)))) if i < sources else None
+        Origin(i, pieces.whole(var.aval.shape)) if i < sources else None
         for i, var in enumerate(program.jaxpr.invars)
     ]
-    marks: list[Mark] = []
-    _follow(program.jaxpr, inputs, marks, (), ())
-    return marks
+    found: Found = []
+    _follow(program.jaxpr, inputs, found, _Around((), (), False))
+    return found
 
 
 def bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
@@ -125,10 +189,34 @@ def _is_jaxpr(value: Any) -> bool:
 Origins = list[Origin | None]
 
 
-def _follow(
-    jaxpr: core.Jaxpr, inputs: Origins, marks: list[Mark], around: Place, inside: tuple[str, ...]
-) -> Origins:
-    """The origins of a program's outputs; appends the marks met on the way."""
+class _Around(NamedTuple):
+    """Where a program lies.
+
+    Attributes:
+      place: of the equation that calls it, and which of its bodies it is.
+      inside: the primitives around it.
+      derived: whether products in it are.
+    """
+
+    place: Place
+    inside: tuple[str, ...]
+    derived: bool
+
+    def at(self, index: int, eqn: core.JaxprEqn) -> "_Around":
+        """What is around the first body of an equation."""
+        again = eqn.params.get("differentiated", False)
+        name = RECOMPUTED if again else eqn.primitive.name
+        scopes = str(eqn.source_info.name_stack)
+        derived = self.derived or MARKED in scopes or "transpose(" in scopes
+        return _Around((*self.place, (index, 0)), (*self.inside, name), derived)
+
+    def body(self, i: int) -> "_Around":
+        """What is around another of its bodies."""
+        return self._replace(place=(*self.place[:-1], (self.place[-1][0], i)))
+
+
+def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -> Origins:
+    """The origins of a program's outputs; appends the uses met on the way."""
     origins: dict[core.Var, Origin | None] = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def origin(atom: Any) -> Origin | None:
@@ -136,83 +224,168 @@ def _follow(
 
     for index, eqn in enumerate(jaxpr.eqns):
         operands = [origin(atom) for atom in eqn.invars]
-        name = eqn.primitive.name
-        run = functools.partial(_run, eqn, around, index, inside)
+        name, here = eqn.primitive.name, around.at(index, eqn)
+        run = functools.partial(_run, eqn, here)
         if eqn.primitive is tap_p:
             if eqn.params["use"] is not None:
-                marks.append(_mark(eqn, operands, (*around, (index, 0)), inside))
+                found.append(_mark(eqn, operands, here.place, around.inside))
             outputs = operands[:1]
         elif name == "scan":
-            outputs = _follow_scan(eqn, operands, marks, (*around, (index, 0)), run)
+            outputs = _follow_scan(eqn, operands, found, here.place, run)
         elif name == "while":
-            outputs = _follow_while(eqn, operands, marks, run)
+            outputs = _follow_while(eqn, operands, found, run)
         elif name == "shard_map":
-            (outputs,) = run(_unsharded(eqn, operands), marks)
-        elif branches := run(operands[1:] if name == "cond" else operands, marks):
+            (outputs,) = run(_unsharded(eqn, operands), found)
+        elif branches := run(operands[1:] if name == "cond" else operands, found):
             outputs = [_common(list(branch)) for branch in zip(*branches, strict=True)]
+        elif name in products.READERS:
+            outputs = [_multiply(eqn, operands, found, around.inside, here)]
+        elif name in _SUMS and any(x and x.is_output for x in operands):
+            outputs = [_add_to_output(operands, found)]
         else:
             outputs = _follow_array_op(eqn, operands)
-        for var, found in zip(eqn.outvars, outputs, strict=True):
+            if name not in _ARRAY_OPS:
+                why = f"used inside {name}, which takes no probe"
+                found += [Refusal(x.source, why) for x in operands if x and x.is_parameter]  # type: ignore[arg-type]
+        for var, one in zip(eqn.outvars, outputs, strict=True):
             # What is no floating-point number, as a mask made from a parameter, is data.
             aval: Any = var.aval
             if hasattr(aval, "dtype") and not jnp.issubdtype(aval.dtype, jnp.inexact):
-                found = None
-            elif found and not found.lost and len(found.axes) != len(aval.shape):
-                found = _lost([found], _COMPUTED)
-            origins[var] = found
+                one = None
+            elif one and not one.lost and len(one.axes) != len(aval.shape):
+                one = _known([one], _COMPUTED)
+            origins[var] = one
     return [origin(atom) for atom in jaxpr.outvars]
 
 
-def _run(
-    eqn: core.JaxprEqn,
-    around: Place,
-    index: int,
-    inside: tuple[str, ...],
-    inputs: Origins,
-    marks: list[Mark],
-) -> list[Origins]:
+def _run(eqn: core.JaxprEqn, here: _Around, inputs: Origins, found: Found) -> list[Origins]:
     """Follows the programs that an equation calls."""
-    again = eqn.params.get("differentiated", False)
-    within = (*inside, RECOMPUTED if again else eqn.primitive.name)
-    return [
-        _follow(body, inputs, marks, (*around, (index, i)), within)
-        for i, body in enumerate(bodies(eqn))
-    ]
+    return [_follow(body, inputs, found, here.body(i)) for i, body in enumerate(bodies(eqn))]
 
 
 def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str, ...]) -> Mark:
     """The mark, with the axes that the `vmap`s around it took undone, outermost first."""
-    n = eqn.params["parameters"]
-    handed = Operands.of(operands, n).parameters
+    handed = Operands.of(operands, eqn.params).parameters
     found = list(handed)
     for level, dims in enumerate(reversed(eqn.params["levels"])):
-        for i, dim in enumerate(Operands.of(dims, n).parameters):
+        for i, dim in enumerate(Operands.of(dims, eqn.params).parameters):
             if (one := found[i]) and dim is not None:
                 found[i] = one.drop(dim, (*place, (level, 0)))
     axes = tuple(one.axes if one else () for one in handed)
     return Mark(eqn.params["use"], tuple(found), place, inside, axes)
 
 
-Run = Callable[[Origins, list[Mark]], list[Origins]]
+def _multiply(
+    eqn: core.JaxprEqn, operands: Origins, found: Found, inside: tuple[str, ...], here: _Around
+) -> Origin | None:
+    """The origin of a product's output; appends the product, if one operand is a parameter."""
+    weights = _weights(operands[:2])
+    if len(weights) == 1:
+        (i,) = weights
+        weight = operands[i]
+        assert weight is not None
+        assert isinstance(weight.source, int)
+        linear = products.READERS[eqn.primitive.name](eqn, i)
+        if isinstance(linear, Linear):
+            found.append(Product(linear, weight, here.place, inside, here.derived))
+            return Origin(here.place, pieces.whole(eqn.outvars[0].aval.shape), frozen=weight.frozen)
+        found.append(Refusal(weight.source, linear))
+    for x in operands[:2]:
+        if not weights and x and x.lost and not x.frozen and isinstance(x.source, int):
+            found.append(Refusal(x.source, x.lost))
+        elif len(weights) == 2 and x and isinstance(x.source, int):
+            found.append(Refusal(x.source, _OF_PARAMETERS))
+    return _known(operands, _COMPUTED)
+
+
+def _weights(operands: Origins) -> list[int]:
+    """Which of two factors are parameters, and not what is made of one to be data.
+
+    Data are, beside a parameter as it is: one that is frozen, copies of one, and a vector that was
+    scaled or shifted element by element, which is how the inputs of a single example may look.
+    """
+    found = [i for i, x in enumerate(operands) if x and x.is_parameter]
+    for is_data in (
+        lambda x: x.frozen,
+        lambda x: x.repeated,
+        lambda x: x.mixed and len(x.axes) == 1,
+    ):
+        if len(found) == 2:
+            found = [i for i in found if not is_data(operands[i])] or found
+    return [i for i in found if not (operands[i].repeated and operands[i].mixed)]  # type: ignore[union-attr]
+
+
+def _add_to_output(operands: Origins, found: Found) -> Origin | None:
+    """The origin of a sum with a product's output; notes a parameter as the product's bias."""
+    first, *outputs = [x for x in operands if x and x.is_output]
+    for x in operands:
+        if x and x.is_parameter:
+            _pair(first, x, found)
+    return first if outputs else _known(operands, _COMPUTED)
+
+
+def _pair(output: Origin, bias: Origin, found: Found) -> None:
+    """Makes a parameter the bias of the product whose output it is added to, if it is like one."""
+    for i, product in enumerate(found):
+        if isinstance(product, Product) and product.place == output.source:
+            axes = _bias_axes(product, output, bias)
+            if axes is not None and product.bias is None:
+                found[i] = product._replace(bias=bias, bias_axes=axes)
+
+
+def _bias_axes(
+    product: Product, output: Origin, bias: Origin
+) -> tuple[tuple[int, int], ...] | None:
+    """For each axis of a bias longer than one, the weight's; None for what is no bias."""
+    weight, outputs = product.weight, product.linear.outputs
+    loops = [[s.loop for s in x.sliced] for x in (weight, bias)]
+    if output.sliced or bias.frozen != weight.frozen or loops[0] != loops[1]:
+        return None
+    if product.linear.kind == "embedding":
+        return None
+    of_output = [() if i is None else weight.axes[i] for i in outputs]
+    matched: dict[int, int] = {}
+    for axis, of_bias in zip(output.axes, bias.axes, strict=True):
+        roles = {outputs[p.axis] is None for p in axis if p.axis is not None}
+        if len(roles) > 1:
+            return None
+        of_bias = tuple(p for p in of_bias if p.size > 1)
+        if roles != {False}:  # rows
+            if any(p.axis is not None for p in of_bias):
+                return None
+            continue
+        of_weight = pieces.within(tuple(of_output), axis)
+        of_weight = of_weight and tuple(p for p in of_weight if p.size > 1)
+        if of_weight is None or len(of_weight) != len(of_bias):
+            return None
+        for mine, its in zip(of_bias, of_weight, strict=True):
+            if mine.axis is None or its.axis is None or mine[1:] != its[1:]:
+                return None
+            if matched.setdefault(mine.axis, its.axis) != its.axis:
+                return None
+    return tuple(sorted(matched.items()))
+
+
+Run = Callable[[Origins, Found], list[Origins]]
 
 
 def _follow_scan(
-    eqn: core.JaxprEqn, operands: Origins, marks: list[Mark], place: Place, run: Run
+    eqn: core.JaxprEqn, operands: Origins, found: Found, place: Place, run: Run
 ) -> Origins:
     consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
     fixed = operands[:consts]
     carry = operands[consts : consts + carries]
     slices = [x and x.drop(0, place) for x in operands[consts + carries :]]
     carry = _invariant(lambda c: run([*fixed, *c, *slices], [])[0][:carries], carry)
-    (outputs,) = run([*fixed, *carry, *slices], marks)
-    return outputs[:carries] + [_lost([x], _COMPUTED) for x in outputs[carries:]]
+    (outputs,) = run([*fixed, *carry, *slices], found)
+    return outputs[:carries] + [_known([x], _COMPUTED) for x in outputs[carries:]]
 
 
-def _follow_while(eqn: core.JaxprEqn, operands: Origins, marks: list[Mark], run: Run) -> Origins:
+def _follow_while(eqn: core.JaxprEqn, operands: Origins, found: Found, run: Run) -> Origins:
     skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     fixed, carry = operands[skip : skip + consts], operands[skip + consts :]
     carry = _invariant(lambda c: run([*fixed, *c], [])[0], carry)
-    return run([*fixed, *carry], marks)[0]
+    return run([*fixed, *carry], found)[0]
 
 
 def _invariant(step: Callable[[Origins], Origins], carry: Origins) -> Origins:
@@ -227,19 +400,30 @@ def _invariant(step: Callable[[Origins], Origins], carry: Origins) -> Origins:
 def _unsharded(eqn: core.JaxprEqn, operands: Origins) -> Origins:
     """What a `shard_map` hands to each device; a part of a parameter is not followed."""
     return [
-        _lost([x], "only a device's part of it reaches its layer") if any(spec) else x
+        _known([x], "only a device's part of it reaches its layer") if any(spec) else x
         for x, spec in zip(operands, eqn.params["in_specs"], strict=True)
     ]
 
 
 _COMPUTED = "no layer of a known kind uses it as it is"
+REARRANGED = "only a slice or a rearrangement of it reaches its layer"
+_OF_PARAMETERS = "multiplied by another parameter before any data"
 _SAME = frozenset(
     "convert_element_type stop_gradient copy reduce_precision sharding_constraint "
     "optimization_barrier name pvary pcast mesh_cast reshard layout_constraint device_put".split()
 )
-_REARRANGING = frozenset("reshape squeeze slice dynamic_slice gather rev broadcast_in_dim".split())
-_MOVING = frozenset("add sub add_any".split())
+_REARRANGING = frozenset("reshape squeeze slice dynamic_slice split rev broadcast_in_dim".split())
+_SUMS = frozenset("add add_any".split())
+_MOVING = _SUMS | {"sub"}
 _SCALING = frozenset("mul div max min select_n clamp neg".split())
+# What computes arrays from arrays and calls no program that could hold a layer.
+_ARRAY_OPS = (
+    frozenset(p.name for p in vars(jax.lax).values() if isinstance(p, core.Primitive))
+    | _SAME
+    | _REARRANGING
+    | _MOVING
+    | _SCALING
+)
 
 
 def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
@@ -247,41 +431,58 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
     if name in _SAME and len(operands) == len(eqn.outvars):
         frozen = name == "stop_gradient"
         return [x and dataclasses.replace(x, frozen=x.frozen or frozen) for x in operands]
-    if name == "transpose" and (x := operands[0]) and not x.lost:
-        axes = tuple(x.axes[i] for i in eqn.params["permutation"])
-        return [dataclasses.replace(x, axes=axes)]
-    if name == "broadcast_in_dim" and (x := operands[0]) and not x.lost:
-        shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-        before: Any = eqn.invars[0].aval
-        if tuple(shape[i] for i in kept) == before.shape:
-            named = dict(zip(kept, x.axes, strict=True))
-            return [dataclasses.replace(x, axes=tuple(named.get(i) for i in range(len(shape))))]
-    if name in _REARRANGING:
-        return [_lost(operands, "only a slice or a rearrangement of it reaches its layer")]
+    if name == "transpose" or name in _REARRANGING:
+        x = operands[0]
+        axes = _rearranged(eqn, x.axes) if x and not x.lost else None
+        if x and axes is not None:
+            return [dataclasses.replace(x, axes=axes)]
+        return [_known(operands, REARRANGED)] * len(eqn.outvars)
+    operands = [_known([x], _COMPUTED) if x and x.is_output else x for x in operands]
     if name == "div" and (divisor := operands[1]) and not divisor.frozen:
-        return [_lost(operands, "transformed before its layer uses it")]
+        return [_known(operands, _TRANSFORMED)]
     if name in _MOVING or name in _SCALING:
         return [_combined(operands, scaled=name in _SCALING)]
-    return [_lost(operands, _COMPUTED)] * len(eqn.outvars)
+    return [_known(operands, _COMPUTED)] * len(eqn.outvars)
+
+
+def _rearranged(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
+    """The axes after a change of an array's form; None where only a part of it is left."""
+    match eqn.primitive.name:
+        case "transpose":
+            return tuple(axes[i] for i in eqn.params["permutation"])
+        case "reshape":
+            order = eqn.params["dimensions"] or range(len(axes))
+            return pieces.reshape(tuple(axes[i] for i in order), eqn.params["new_sizes"])
+        case "squeeze":
+            return tuple(a for i, a in enumerate(axes) if i not in eqn.params["dimensions"])
+        case "broadcast_in_dim":
+            shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+            before: Any = eqn.invars[0].aval
+            if tuple(shape[i] for i in kept) == before.shape:
+                return pieces.broadcast(axes, shape, kept)
+    return None
 
 
 def _common(origins: Origins) -> Origin | None:
     """The origin of an array that is one of several."""
-    return origins[0] if all(o == origins[0] for o in origins) else _lost(origins, _COMPUTED)
+    return origins[0] if all(o == origins[0] for o in origins) else _known(origins, _COMPUTED)
 
 
-def _lost(origins: Origins, why: str) -> Origin | None:
-    """The origin of what was computed from arrays; None if no parameter is behind it."""
+def _known(origins: Origins, why: str) -> Origin | None:
+    """What is known of an array computed from others; None if no parameter is behind it."""
     behind = [x for x in origins if x]
     if not behind:
         return None
-    sources = {x.source for x in behind}
+    sources = {x.source if isinstance(x.source, int) else None for x in behind}
     return Origin(
         sources.pop() if len(sources) == 1 else None,
         (),
         frozen=all(x.frozen for x in behind),
         lost=why if any(not x.lost for x in behind) else behind[0].lost,
     )
+
+
+_TRANSFORMED = "transformed before its layer uses it"
 
 
 def _combined(origins: Origins, scaled: bool) -> Origin | None:
@@ -295,5 +496,5 @@ def _combined(origins: Origins, scaled: bool) -> Origin | None:
     exact = {x for x in exact if not x.frozen} or exact
     live = sum(not x.frozen for x in behind)
     if len(exact) != 1 or (scaled and live > 1):
-        return _lost(origins, "transformed before its layer uses it")
+        return _known(origins, _TRANSFORMED)
     return exact.pop()

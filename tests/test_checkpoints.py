@@ -168,7 +168,7 @@ any_other = pytest.mark.parametrize(("other", "path"), OTHERS.values(), ids=OTHE
 def test_restoring_bytes_of_another_model_names_the_first_path_that_differs(other, path, way):
     ours, other = create(), other()
     into, encoded = (other, ours) if way == "into the other" else (ours, other)
-    with pytest.raises(ValueError, match=f"another model, layout or rule: at '[^']*{path}[^']*'"):
+    with pytest.raises(ValueError, match=f"another model, layout or rule: '[^']*{path}[^']*'"):
         into.from_bytes(flax.serialization.to_bytes(encoded))
 
 

@@ -162,6 +162,20 @@ def test_bfloat16_parameters_keep_float32_averages(rule):
         np.testing.assert_allclose(np.float32(a), b, atol=0.05 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("rate", [0.1, np.float32(0.1), jnp.float32(0.1), lambda count: 0.1])
+@both
+def test_updates_have_the_gradients_types(make, rate):
+    """Also where the decay and the rate are in another, and the parameters."""
+    half = functools.partial(jax.tree.map, lambda a: a.astype(jnp.bfloat16))
+    tx = make(rate, LAYOUT, rule="centered", weight_decay=0.1)
+    found, _ = run(tx, steps=1, change=half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    exact, _ = run(tx, steps=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(exact)} == {jnp.dtype(jnp.float32)}
+    for a, b in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+        np.testing.assert_allclose(np.float32(a), b, atol=0.05 * np.abs(b).max())
+
+
 @flax.struct.dataclass
 class Bag:
     a: dict

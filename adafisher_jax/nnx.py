@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
-from flax.nnx import extract
+from flax.nnx import extract, graphlib
 from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
-from adafisher_jax.layout import Layout
+from adafisher_jax.layout import Layout, by_path
+from adafisher_jax.micro_batches import over_micro_batches
 
 
 def trace_layout(
@@ -118,6 +120,67 @@ def value_and_grad(
     return grad_fn
 
 
+def accumulate(
+    grad_fn: Callable[..., Any], layout: Layout, weights: Any = None
+) -> Callable[..., Any]:
+    """Runs a gradient function over micro-batches, in the memory of one.
+
+    Args:
+      grad_fn: from `value_and_grad`.
+      layout: its layout.
+      weights: as in `adafisher_jax.accumulate`.
+
+    Returns:
+      A function `(model, *args, **kwargs)` that returns what `grad_fn` returns, for the whole
+      batch. What the loss changes in the model (random number counts, running statistics) is
+      carried from each micro-batch to the next and ends up in the model, as a loop would leave
+      it. So it is with other modules and variables among the arguments. Each array among them is
+      a stack of micro-batches; the rest is as in `adafisher_jax.accumulate`.
+
+    Raises:
+      TypeError: from the returned function, for a model that is no module.
+      ValueError: from the returned function, as `adafisher_jax.accumulate`, and if the loss
+        changes more of a module than the values of its variables.
+
+    Example:
+      >>> from flax import nnx
+      >>> import adafisher_jax as af, jax.numpy as jnp
+      >>> rngs, x = nnx.Rngs(0), jnp.ones((8, 3))
+      >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+      >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+      >>> layout = af.nnx.trace_layout(loss_fn, model, x)
+      >>> grad_fn = af.nnx.value_and_grad(loss_fn, layout)
+      >>> loss, grads, factors = af.nnx.accumulate(grad_fn, layout)(model, x.reshape(4, 2, 3))
+      >>> factors["layers/0"].rows.item(), model.layers[1].rngs.count[...].item()
+      (8.0, 4)
+    """
+
+    def accumulated(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        _check(model)
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
+        objects = [model, *filter(_is_object, leaves)]
+        graphdef, state = nnx.split(objects)
+
+        def one(state: Any, *args: Any, **kwargs: Any) -> Any:
+            inner = nnx.merge(graphdef, state)
+            model, *others = inner
+            own, given = iter(others), iter(jax.tree.leaves((args, kwargs)))
+            args, kwargs = structure.unflatten(
+                next(own if _is_object(leaf) else given) for leaf in leaves
+            )
+            result = grad_fn(model, *args, **kwargs)
+            changed, after = nnx.split(inner)
+            _check_carried(state, after, changed == graphdef)
+            return after, result
+
+        rest = structure.unflatten(None if _is_object(leaf) else leaf for leaf in leaves)
+        state, result = over_micro_batches(one, layout, weights, state, *rest)
+        nnx.update(objects, state)
+        return result
+
+    return accumulated
+
+
 def _parts(model: Any) -> Any:
     """The parameters and the rest of a module that was exchanged for a pytree."""
     (state,) = model.states
@@ -131,3 +194,22 @@ def _whole(model: Any, params: Any, rest: Any) -> Any:
 def _check(model: Any) -> None:
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted an nnx.Module")
+
+
+def _is_object(leaf: Any) -> bool:
+    """Whether a leaf is changed in place: a module, or a variable."""
+    return isinstance(leaf, nnx.Variable) or graphlib.is_graph_node(leaf)
+
+
+def _check_carried(before: Any, after: Any, same_structure: bool) -> None:
+    """Checks that no more than the values of variables differ, as a scan wants it."""
+    was, now = ({p: (a.shape, a.dtype) for p, a in by_path(t)[0].items()} for t in (before, after))
+    if was == now and same_structure:
+        return
+    differing = sorted(path for path, _ in was.items() ^ now.items())
+    what = f"{differing[0].partition('/')[-1]!r}" if differing else "an attribute"
+    raise ValueError(
+        f"model: the loss makes, drops or changes {what} in each micro-batch, and of a module only "
+        "the values of variables can be carried from one to the next: make the variable before, of "
+        "its final shape and type, or loop with adafisher_jax.add_micro_batch"
+    )

@@ -45,7 +45,7 @@ def accumulate(
       TypeError: from the returned function, for an `nnx.Module`, for which there is
         `adafisher_jax.nnx.accumulate`.
       ValueError: from the returned function, if the arguments or `weights` do not have one
-        leading axis, or if `grad_fn` drops a change to the random counts of a module it closes over.
+        leading axis, or if `grad_fn` drops the change to the random counts of an `nnx.Module`.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -81,12 +81,12 @@ def over_micro_batches(
     """`accumulate`, of a function that hands on arrays from each micro-batch to the next.
 
     Args:
-      grad_fn: a function `(carried, *args, **kwargs)` that returns `carried` as it is then, and
-        what a function from `value_and_grad` returns.
+      grad_fn: a function `(carried, *args, **kwargs)` that returns what is carried on, and what a
+        function from `value_and_grad` returns.
       layout: as in `accumulate`.
       weights: likewise.
-      carried: a pytree of arrays, before the first micro-batch.
-      args: likewise, and kwargs.
+      carried: what goes into the first micro-batch, a pytree of arrays.
+      args: the other arguments, stacked as in `accumulate`.
       kwargs: likewise.
 
     Returns:

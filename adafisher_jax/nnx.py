@@ -14,24 +14,33 @@ from adafisher_jax.micro_batches import over_micro_batches
 
 
 def trace_layout(
-    loss_fn: Callable[..., Any], model: nnx.Module, /, *args: Any, **kwargs: Any
+    loss_fn: Callable[..., Any],
+    model: nnx.Module,
+    /,
+    *args: Any,
+    wrt: Any = nnx.Param,
+    **kwargs: Any,
 ) -> Layout:
     """Finds the layers that `loss_fn(model, *args, **kwargs)` calls, without computing anything.
 
     Args:
       loss_fn: any traceable function that calls NNX layers of its first argument.
-      model: the module; its `nnx.Param`s are the parameters.
+      model: the module.
       *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`; what is no array
         (`train=True`) is passed on as it is.
-      **kwargs: likewise.
+      wrt: which of the module's variables are the parameters, any filter of `nnx.state`, as in
+        `nnx.Optimizer`: `nnx.LoRAParam`, `nnx.PathContains("head")`. It is no argument of the loss.
+      **kwargs: as `args`.
 
     Returns:
-      A static, hashable `Layout`; print it to see what is covered. Paths are those of
-      `nnx.state(model, nnx.Param)`; a module that is shared has its first one.
+      A static, hashable `Layout`; print it to see what is covered. It lists the parameters, and
+      nothing else of the model. Paths are those of `nnx.state(model, wrt)`; a module that is
+      shared has its first one.
 
     Raises:
-      TypeError: for a model that is no module, or an `nnx.Param` that is not floating-point.
-      ValueError: if no layer was met, or layers of two kinds share a parameter.
+      TypeError: for a model that is no module, or a parameter that is not floating-point.
+      ValueError: if no layer was met, layers of two kinds share a parameter, `wrt` selects
+        nothing, or a variable of the model is in another argument too.
 
     Example:
       >>> from flax import nnx
@@ -45,9 +54,11 @@ def trace_layout(
       layers/0/kernel  dense  3   4    -        yes
       100.0% of 16 parameters under a Fisher block
     """
-    _check(model)
+    _check(model, args, kwargs)
     model, args, kwargs = extract.to_tree((model, args, kwargs))
-    params, rest = _parts(model)
+    params, rest = _parts(model, wrt)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"wrt: {wrt!r} selects none of the model's variables")
 
     def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         whole = _whole(model, params, rest)
@@ -73,7 +84,8 @@ def value_and_grad(
       A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
       `((loss, aux), grads, factors)`: the first two are those of `nnx.value_and_grad`, which also
       carries over what the loss changes in its arguments (running statistics, random number
-      counts); the third is a dict from layer path to `Factor`.
+      counts); the third is a dict from layer path to `Factor`. Gradients are of the parameters
+      that the layout lists: of `nnx.DiffState(0, wrt)`, where it was traced with a `wrt`.
 
     Raises:
       TypeError, ValueError: as `trace_layout`, and if the layout is another model's or loss's.
@@ -92,14 +104,19 @@ def value_and_grad(
     """
     capture.check_layout(layout)
     when = capture.condition(when)
+    listed = {leaf.path for layer in layout.layers for leaf in layer.leaves}
+    listed |= {row.leaf.path for row in layout.uncovered}
+
+    def wrt(path: tuple[Any, ...], _: Any) -> bool:
+        return "/".join(map(str, path)) in listed
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
-        _check(model)
+        _check(model, args, kwargs)
 
         # These two exchange modules for pytrees on the way in, and carry changes out.
         @split_inputs
         def differentiated(model: Any, args: Any, kwargs: Any) -> Any:
-            params, rest = _parts(model)
+            params, rest = _parts(model, wrt)
 
             def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
                 changed, result = merged(_whole(model, params, rest), args, kwargs)
@@ -156,7 +173,7 @@ def accumulate(
     """
 
     def accumulated(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
-        _check(model)
+        _check(model, args, kwargs)
         leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
         objects = [model, *filter(_is_object, leaves)]
         graphdef, state = nnx.split(objects)
@@ -165,35 +182,47 @@ def accumulate(
             inner = nnx.merge(graphdef, state)
             model, *others = inner
             own, given = iter(others), iter(jax.tree.leaves((args, kwargs)))
-            args, kwargs = structure.unflatten(
-                next(own if _is_object(leaf) else given) for leaf in leaves
+            args, kwargs = jax.tree.unflatten(
+                structure, [next(own if _is_object(leaf) else given) for leaf in leaves]
             )
             result = grad_fn(model, *args, **kwargs)
             changed, after = nnx.split(inner)
             _check_carried(state, after, changed == graphdef)
             return after, result
 
-        rest = structure.unflatten(None if _is_object(leaf) else leaf for leaf in leaves)
-        state, result = over_micro_batches(one, layout, weights, state, *rest)
+        args, kwargs = jax.tree.unflatten(
+            structure, [None if _is_object(leaf) else leaf for leaf in leaves]
+        )
+        state, result = over_micro_batches(one, layout, weights, state, args, kwargs)
         nnx.update(objects, state)
         return result
 
     return accumulated
 
 
-def _parts(model: Any) -> Any:
+def _parts(model: Any, wrt: Any) -> Any:
     """The parameters and the rest of a module that was exchanged for a pytree."""
     (state,) = model.states
-    return nnx.split_state(state, nnx.Param, ...)
+    return nnx.split_state(state, wrt, ...)
 
 
 def _whole(model: Any, params: Any, rest: Any) -> Any:
     return model.replace(states=(nnx.merge_state(params, rest),))
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, args: Any, kwargs: Any) -> None:
+    """Checks the arguments of a loss: a module, and others that have no variable of it."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted an nnx.Module")
+    own = {id(v): path for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)}
+    for path, found in nnx.iter_graph({"args": args, "kwargs": kwargs}):
+        if id(found) in own:
+            inside, again = ("/".join(map(str, keys)) for keys in (own[id(found)], path))
+            raise ValueError(
+                f"inconsistent aliasing: the model's variable {inside!r} is {again!r} too, and "
+                "gradients are of the first argument alone: let the loss take it from the model, "
+                "or give a copy, nnx.clone(...)"
+            )
 
 
 def _is_object(leaf: Any) -> bool:

@@ -14,10 +14,11 @@ from adafisher_jax.lineage import bodies
 
 
 class Behind(enum.IntEnum):
-    """What is behind a value of a program; of two operands, the larger is behind their result."""
+    """What is behind a value of a program; of two branches, the larger is behind their result."""
 
-    LITERALS = 0
+    NEITHER = 0
     CLOSED_OVER = 1
+    """It is an array from outside, as it is."""
     INPUTS = 2
 
 
@@ -28,8 +29,8 @@ def check_random_counts(program: core.ClosedJaxpr) -> None:
     """Refuses the program of one micro-batch if its random numbers are those of every other.
 
     Raises:
-      ValueError: where a count that is closed over is folded into a key, and the program's inputs
-        are behind neither.
+      ValueError: where an array that is closed over is folded into a key that the program's
+        inputs are not behind.
     """
     folds: list[Levels] = []
     _follow(program.jaxpr, [Behind.INPUTS for _ in program.jaxpr.invars], folds)
@@ -49,7 +50,7 @@ def _follow(jaxpr: core.Jaxpr, inputs: Levels, folds: list[Levels]) -> Levels:
     known |= dict(zip(jaxpr.invars, inputs, strict=True))
 
     def behind(atom: core.Var | core.Literal) -> Behind:
-        return Behind.LITERALS if isinstance(atom, core.Literal) else known[atom]
+        return Behind.NEITHER if isinstance(atom, core.Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
         operands = [behind(atom) for atom in eqn.invars]
@@ -63,7 +64,8 @@ def _results(eqn: core.JaxprEqn, operands: Levels, folds: list[Levels]) -> Level
     """What is behind an equation's results: its operands, or what its programs make of them."""
     programs = list(bodies(eqn))
     if not programs:
-        return [max(operands, default=Behind.LITERALS) for _ in eqn.outvars]
+        differs = Behind.INPUTS in operands
+        return [Behind.INPUTS if differs else Behind.NEITHER for _ in eqn.outvars]
 
     def run(inputs: Levels, folds: list[Levels]) -> Levels:
         each = [_follow(program, inputs, folds) for program in programs]

@@ -302,6 +302,28 @@ def test_random_keys_are_one_for_each_micro_batch(x64):
     )
 
 
+def noisy_params(model):
+    key = jax.random.key(0)
+    return random_like(jax.eval_shape(model.init, {"params": key, "dropout": key}, X)["params"])
+
+
+def test_a_key_that_is_closed_over_is_that_of_every_micro_batch(x64):
+    model = nn.Sequential([Dense(4), nn.Dropout(0.5, deterministic=False), Dense(2)])
+
+    def both(params, key, count):
+        def loss_fn(params, x):
+            rngs = {"dropout": jax.random.fold_in(key, count)}
+            return jnp.mean(waves(model.apply({"params": params}, x, rngs=rngs)))
+
+        layout = af.trace_layout(loss_fn, params, X[:2])
+        grad_fn = af.value_and_grad(loss_fn, layout)
+        calls = [(1 / 3, x) for x in split(X, EQUAL)]
+        accumulated = af.accumulate(grad_fn, layout)(params, X.reshape(3, 2, 3))
+        return accumulated, looped(grad_fn, layout, params, calls)
+
+    assert_same(*fast_jit(both)(noisy_params(model), jax.random.key(1), jnp.int32(7)))
+
+
 class Noisy(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -311,9 +333,7 @@ class Noisy(nn.Module):
 
 def test_masks_and_running_statistics(x64):
     """A key for each; all start from one set of statistics, which the stack's mean moves once."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = jax.eval_shape(Noisy().init, {"params": keys[0], "dropout": keys[0]}, X)
-    params = random_like(shapes["params"])
+    keys, params = jax.random.split(jax.random.key(0), 3), noisy_params(Noisy())
     stats = {"norm": {"mean": np.arange(4.0), "var": np.arange(1.0, 5.0)}}
 
     def loss_fn(params, x, key, stats):

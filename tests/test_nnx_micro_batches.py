@@ -201,11 +201,16 @@ def in_a_loop(model, x):
     return loss_of(model, x)
 
 
+def in_a_branch(model, x):
+    return nnx.cond(jnp.sum(x) > 0, loss_of, lambda model, x: 2 * loss_of(model, x), model, x)
+
+
 WAYS = {
     "gradient function": merged_outside,
     "loss": merged_inside,
     "nnx.remat": functools.partial(merged_inside, run=remade),
     "nnx.fori_loop": functools.partial(merged_inside, run=in_a_loop),
+    "nnx.cond": functools.partial(merged_inside, run=in_a_branch),
 }
 
 

@@ -178,8 +178,8 @@ def accumulate(
         objects = [model, *filter(_is_object, leaves)]
         graphdef, state = nnx.split(objects)
 
-        def one(state: Any, *args: Any, **kwargs: Any) -> Any:
-            inner = nnx.merge(graphdef, state)
+        def one(values: Any, *args: Any, **kwargs: Any) -> Any:
+            inner = nnx.merge(graphdef, values)
             model, *others = inner
             own, given = iter(others), iter(jax.tree.leaves((args, kwargs)))
             args, kwargs = jax.tree.unflatten(

@@ -136,7 +136,7 @@ def test_training_under_nnx_jit():
 CHANGES = {
     "a new variable": (lambda m, x: setattr(m, "seen", nnx.Intermediate(x)), "'seen'"),
     "another type": (
-        lambda m, x: setattr(m.norm, "var", nnx.BatchStat(jnp.ones(4, jnp.float32))), "'norm/var'",
+        lambda m, x: m.norm.var.set_value(jnp.ones(4, jnp.float32)), "'norm/var'",
     ),
     "an attribute": (lambda m, x: setattr(m, "calls", getattr(m, "calls", 0) + 1), "an attribute"),
 }  # fmt: skip

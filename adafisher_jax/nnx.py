@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from flax.nnx import extract, graphlib
+from flax.nnx import extract
 from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
@@ -227,7 +227,7 @@ def _check(model: Any, args: Any, kwargs: Any) -> None:
 
 def _is_object(leaf: Any) -> bool:
     """Whether a leaf is changed in place: a module, or a variable."""
-    return isinstance(leaf, nnx.Variable) or graphlib.is_graph_node(leaf)
+    return isinstance(leaf, nnx.Variable | nnx.Pytree)
 
 
 def _check_carried(before: Any, after: Any, same_structure: bool) -> None:

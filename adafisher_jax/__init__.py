@@ -14,6 +14,8 @@ from adafisher_jax.optimizer import (
 from adafisher_jax.tap import tap
 from adafisher_jax.train_state import TrainState
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Factor",
     "Layer",
@@ -34,3 +36,7 @@ __all__ = [
     "trace_layout",
     "value_and_grad",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

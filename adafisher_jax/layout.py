@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,18 @@ def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"two arrays have the same path {twice!r}: a key contains '/'")
     return found, treedef
+
+
+def check_floating(leaves: Mapping[str, Any]) -> None:
+    """Raises TypeError, naming its path, for what is no floating-point array or number."""
+    for path, leaf in leaves.items():
+        known = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
+        found = jnp.result_type(leaf) if known else type(leaf).__name__
+        if not known or not jnp.issubdtype(found, jnp.inexact):
+            raise TypeError(
+                f"the parameter {path!r} is of type {found}, wanted a floating-point array: pass "
+                "what is none as another argument of the loss"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,25 +234,40 @@ class Layout:
     uncovered: tuple[Uncovered, ...] = ()
 
     @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The parameters, those under a Fisher block first."""
+        inside = [leaf for layer in self.layers for leaf in layer.leaves]
+        return (*inside, *(row.leaf for row in self.uncovered))
+
+    @property
     def covered(self) -> float:
         """The share of parameters, by count, under a Fisher block."""
         inside = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
-        outside = sum(row.leaf.size for row in self.uncovered)
-        return inside / max(inside + outside, 1)
+        return inside / max(sum(leaf.size for leaf in self.leaves), 1)
+
+    def only(self, paths: Iterable[str]) -> "Layout":
+        """The layout with the layers at some paths; the parameters of the others are uncovered."""
+        kept = set(paths)
+        left = [leaf for x in self.layers if x.path not in kept for leaf in x.leaves]
+        rows = [*self.uncovered, *(Uncovered(Leaf(x.path, x.shape), "left out") for x in left)]
+        rows.sort(key=lambda row: row.leaf.path)
+        return Layout(tuple(x for x in self.layers if x.path in kept), tuple(rows))
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
-        """Checks arrays by path against the layers.
+        """Checks arrays by path against the layout; they may be some of its parameters.
 
         Raises:
-          ValueError: if none of the layers' parameters is there, or one has another shape.
+          ValueError: if the layout does not know one, or one in a layer has another shape.
         """
-        known = [leaf for layer in self.layers for leaf in layer.leaves]
-        if known and not any(leaf.path in leaves for leaf in known):
+        known = {leaf.path: leaf for leaf in self.leaves}
+        unknown = [path for path in leaves if path not in known]
+        if unknown:
             raise ValueError(
-                "none of the layout's layers is in params: the layout has "
-                f"{_some(leaf.path for leaf in known)}, params has {_some(leaves)}"
+                f"the layout does not know the parameters {_some(unknown)}; it has {_some(known)}. "
+                "Trace it again: layout = adafisher_jax.trace_layout(loss_fn, params, ...) with "
+                "these parameters as params"
             )
-        for leaf in known:
+        for leaf in (leaf for layer in self.layers for leaf in layer.leaves):
             if leaf.path in leaves and (got := jnp.shape(leaves[leaf.path])) != leaf.shape:
                 raise ValueError(
                     f"the parameter {leaf.path!r} has shape {got}, the layout wants "
@@ -254,11 +282,10 @@ class Layout:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, tuple("-" * width for width in [*widths[:-1], len(header[-1])]))
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        total = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
-        total += sum(one.leaf.size for one in self.uncovered)
-        return "\n".join(
-            [*lines, f"{self.covered:.1%} of {total:,} parameters under a Fisher block"]
-        )
+        total = sum(leaf.size for leaf in self.leaves)
+        share = f"{self.covered:.1%} of {total:,} parameters under a Fisher block"
+        others = ', others get momentum ("centered": over an RMS)'
+        return "\n".join([*lines, share + (others if self.uncovered else "")])
 
 
 def _row(leaf: Leaf, kind: str, reason: str = "") -> tuple[str, ...]:
@@ -314,12 +341,15 @@ def check_state(state: Any, wanted: Any) -> None:
         for tree in (state, wanted)
     )
     for path in sorted([*want, *got], key=lambda path: path in got and path in want):
-        if got.get(path) != want.get(path):
-            has, wants = (f"shape {of[path]}" if path in of else "nothing" for of in (got, want))
-            raise ValueError(
-                f"the state is of another model, layout or rule: at {path!r} it has {has}, "
-                f"wanted {wants}"
-            )
+        if got.get(path) == want.get(path):
+            continue
+        if path not in got:
+            found = f"{path!r} is missing, wanted shape {want[path]}"
+        elif path not in want:
+            found = f"{path!r} of shape {got[path]} is not wanted"
+        else:
+            found = f"{path!r} has shape {got[path]}, wanted {want[path]}"
+        raise ValueError(f"the state is of another model, layout or rule: {found}")
 
 
 def _some(paths: Any, most: int = 3) -> str:

@@ -3,13 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
+import jax
 from flax import nnx
 
 from adafisher_jax import capture
 from adafisher_jax.layout import Layout
+from adafisher_jax.loss import check_loss, explaining
 
 
-def trace_layout(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Layout:
+def trace_layout(
+    loss_fn: Callable[..., Any], params: Any, /, *args: Any, has_aux: bool = False, **kwargs: Any
+) -> Layout:
     """Finds the layers that `loss_fn(params, *args, **kwargs)` calls, without computing anything.
 
     Args:
@@ -18,14 +23,17 @@ def trace_layout(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwar
       params: parameters, a full variables dict, or a pytree holding several models'.
       *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`; what is no array
         (`train=True`) is passed on as it is.
+      has_aux: whether `loss_fn` returns `(scalar, aux)`, which is then checked.
       **kwargs: likewise.
 
     Returns:
       A static, hashable `Layout`; print it to see what is covered.
 
     Raises:
-      TypeError: for a leaf of `params` that is not floating-point, or an `nnx.Module`.
-      ValueError: if no layer was met, or layers of two kinds share a parameter.
+      TypeError: for a loss or `params` that is a module, a leaf of `params` that is not
+        floating-point, and what is no pair with `has_aux`.
+      ValueError: if no layer was met, or layers of two kinds share a parameter, or the loss names
+        a mapped axis that is not there.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -41,8 +49,9 @@ def trace_layout(loss_fn: Callable[..., Any], params: Any, /, *args: Any, **kwar
       layers_2/kernel  dense  4   2    -        yes
       100.0% of 26 parameters under a Fisher block
     """
+    check_loss(loss_fn)
     _check(params)
-    return capture.trace_layout(loss_fn, params, args, kwargs)
+    return capture.trace_layout(explaining(loss_fn, has_aux), params, args, kwargs)
 
 
 def value_and_grad(
@@ -65,9 +74,10 @@ def value_and_grad(
     Call it inside the jitted train step: called eagerly it traces the loss at every call.
 
     Raises:
-      TypeError: for a layout that is none, or a `when` that is not one Boolean.
-      ValueError: from the returned function, if the layout is another model's or no layer of it
-        was met.
+      TypeError: for a loss that is a module, a layout that is none, or a `when` that is not one
+        Boolean.
+      ValueError: from the returned function, if the layout is another model's, does not know a
+        parameter, or no layer of it was met.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -79,16 +89,28 @@ def value_and_grad(
       >>> factors[""].h.ravel().tolist(), factors[""].s.ravel().tolist()
       ([1.0, 4.0, 9.0], [1.0, 1.0])
     """
+    check_loss(loss_fn)
     capture.check_layout(layout)
     when = capture.condition(when)
+    loss = explaining(loss_fn, has_aux)
 
     def grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check(params)
-        return capture.value_and_grad(loss_fn, layout, has_aux, params, args, kwargs, when=when)
+        return capture.value_and_grad(loss, layout, has_aux, params, args, kwargs, when=when)
 
     return grad_fn
 
 
 def _check(params: Any) -> None:
-    if isinstance(params, nnx.Module):
-        raise TypeError("params: got an nnx.Module, for which there is adafisher_jax.nnx")
+    modules = nnx.Module | nn.Module
+    for leaf in jax.tree.leaves(params, is_leaf=lambda one: isinstance(one, modules)):
+        if isinstance(leaf, nnx.Module):
+            raise TypeError(
+                "params: got an nnx.Module, for which there are adafisher_jax.nnx.trace_layout and "
+                "adafisher_jax.nnx.value_and_grad"
+            )
+        if isinstance(leaf, nn.Module):
+            raise TypeError(
+                "params: got a module, wanted its parameters, as "
+                'params = model.init(key, x)["params"]'
+            )

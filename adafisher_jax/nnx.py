@@ -10,6 +10,7 @@ from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
 from adafisher_jax.layout import Layout, by_path
+from adafisher_jax.loss import check_loss, explaining
 from adafisher_jax.micro_batches import over_micro_batches
 
 
@@ -19,6 +20,7 @@ def trace_layout(
     /,
     *args: Any,
     wrt: Any = nnx.Param,
+    has_aux: bool = False,
     **kwargs: Any,
 ) -> Layout:
     """Finds the layers that `loss_fn(model, *args, **kwargs)` calls, without computing anything.
@@ -30,6 +32,7 @@ def trace_layout(
         (`train=True`) is passed on as it is.
       wrt: which of the module's variables are the parameters, any filter of `nnx.state`, as in
         `nnx.Optimizer`: `nnx.LoRAParam`, `nnx.PathContains("head")`. It is no argument of the loss.
+      has_aux: whether `loss_fn` returns `(scalar, aux)`, which is then checked.
       **kwargs: as `args`.
 
     Returns:
@@ -38,9 +41,10 @@ def trace_layout(
       shared has its first one.
 
     Raises:
-      TypeError: for a model that is no module, or a parameter that is not floating-point.
-      ValueError: if no layer was met, layers of two kinds share a parameter, `wrt` selects
-        nothing, or a variable of the model is in another argument too.
+      TypeError: for a loss that is a module, a model that is none, a parameter that is not
+        floating-point, and what is no pair with `has_aux`.
+      ValueError: as `adafisher_jax.trace_layout`, and if `wrt` selects nothing, or a variable of
+        the model is in another argument too.
 
     Example:
       >>> from flax import nnx
@@ -54,7 +58,9 @@ def trace_layout(
       layers/0/kernel  dense  3   4    -        yes
       100.0% of 16 parameters under a Fisher block
     """
+    check_loss(loss_fn)
     _check(model, args, kwargs)
+    explained = explaining(loss_fn, has_aux)
     model, args, kwargs = extract.to_tree((model, args, kwargs))
     params, rest = _parts(model, wrt)
     if not jax.tree.leaves(params):
@@ -63,8 +69,8 @@ def trace_layout(
     def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         whole = _whole(model, params, rest)
         model_again, args, kwargs = extract.from_tree((whole, args, kwargs))
-        loss_fn(model_again, *args, **kwargs)
-        return ()
+        result = explained(model_again, *args, **kwargs)
+        return jax.tree.leaves(result)[:1]  # the loss: what else there is may be no pytree
 
     return capture.trace_layout(loss, params, (rest, args, kwargs), {})
 
@@ -96,14 +102,17 @@ def value_and_grad(
       >>> model, x = nnx.Linear(3, 1, rngs=nnx.Rngs(0)), jnp.array([[1.0, 2.0, 3.0]])
       >>> loss_fn = lambda model, x: jnp.sum(model(x))
       >>> layout = af.nnx.trace_layout(loss_fn, model, x)
-      >>> optimizer = nnx.Optimizer(model, af.adafisher(1e-3, layout), wrt=nnx.Param)
+      >>> tx = af.adafisher(3e-2, layout, rule="centered")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> loss, grads, factors = af.nnx.value_and_grad(loss_fn, layout)(model, x)
       >>> _ = optimizer.update(model, grads, factors=factors)
       >>> factors[""].h.ravel().tolist(), factors[""].s.ravel().tolist()
       ([1.0, 4.0, 9.0], [1.0])
     """
+    check_loss(loss_fn)
     capture.check_layout(layout)
     when = capture.condition(when)
+    explained = explaining(loss_fn, has_aux)
     listed = {leaf.path for layer in layout.layers for leaf in layer.leaves}
     listed |= {row.leaf.path for row in layout.uncovered}
 
@@ -117,6 +126,11 @@ def value_and_grad(
         @split_inputs
         def differentiated(model: Any, args: Any, kwargs: Any) -> Any:
             params, rest = _parts(model, wrt)
+            if not jax.tree.leaves(params):
+                raise ValueError(
+                    f"the model has none of the layout's parameters, {', '.join(sorted(listed))}: "
+                    "it was traced from another model"
+                )
 
             def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
                 changed, result = merged(_whole(model, params, rest), args, kwargs)
@@ -130,7 +144,7 @@ def value_and_grad(
 
         @merge_inputs
         def merged(model: nnx.Module, args: Any, kwargs: Any) -> Any:
-            return loss_fn(model, *args, **kwargs)
+            return explained(model, *args, **kwargs)
 
         return differentiated(model, args, kwargs)
 
@@ -213,7 +227,10 @@ def _whole(model: Any, params: Any, rest: Any) -> Any:
 def _check(model: Any, args: Any, kwargs: Any) -> None:
     """Checks the arguments of a loss: a module, and others that have no variable of it."""
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted an nnx.Module")
+        raise TypeError(
+            f"model: got {type(model).__name__}, wanted an nnx.Module; for the parameters of Linen "
+            "there are adafisher_jax.trace_layout and adafisher_jax.value_and_grad"
+        )
     own = {id(v): path for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)}
     for path, found in nnx.iter_graph({"args": args, "kwargs": kwargs}):
         if id(found) in own:

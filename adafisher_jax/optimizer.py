@@ -1,8 +1,9 @@
 """AdaFisher as optax transformations."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,26 @@ import optax
 
 from adafisher_jax import in_turn
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path, check_factors, check_state
-from adafisher_jax.rules import Curvature, Outcome, Pair, Rule, Scale, check_fraction, make_rule
+from adafisher_jax.layout import (
+    Layer,
+    Layout,
+    by_path,
+    check_factors,
+    check_floating,
+    check_state,
+)
+from adafisher_jax.rules import (
+    Curvature,
+    Outcome,
+    Pair,
+    Rule,
+    Scale,
+    check_fraction,
+    is_number,
+    make_rule,
+)
+
+P = ParamSpec("P")
 
 
 class ScaleByAdaFisherState(NamedTuple):
@@ -48,10 +67,34 @@ class ScaleByAdaFisherState(NamedTuple):
         return Curvature(self.factors[path], self.slots[path], self.units.get(path))
 
 
+def _all_said(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
+    """Lets the TypeError for an argument left out show a `call` that is complete."""
+
+    def decorate(make: Callable[P, Any]) -> Callable[P, Any]:
+        signature = inspect.signature(make)
+
+        @functools.wraps(make)
+        def made(*args: P.args, **kwargs: P.kwargs) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(
+                    f"{make.__name__}: {error}. Write {call}, where layout is "
+                    "adafisher_jax.trace_layout(loss_fn, params, ...) or, for no layers, None, "
+                    'and rule is "centered" (recommended), "paper" or "official"'
+                ) from None
+            return make(*args, **kwargs)
+
+        return made
+
+    return decorate
+
+
+@_all_said('scale_by_adafisher(layout, rule="centered")')
 def scale_by_adafisher(
-    layout: Layout | None = None,
+    layout: Layout | None,
     *,
-    rule: str = "paper",
+    rule: str,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,
@@ -65,18 +108,18 @@ def scale_by_adafisher(
 
     with a diagonal `F` that the rule makes from running averages of each layer's factors
     (Algorithm 1, arXiv:2405.16397): see `adafisher_jax.rules`. `update` takes the factors of
-    `adafisher_jax.value_and_grad` as a keyword; without them it keeps the averages it has.
-    Where there are none yet, and for parameters outside the layout, `F` is the identity
+    `adafisher_jax.value_and_grad` as the keyword `factors`; `factors=None` keeps the averages it
+    has. Where there are none yet, and for parameters without a layer, `F` is the identity
     (`"paper"`, `"official"`) or a running root mean square of the steps or, for vectors, of the
     gradient (`"centered"`).
 
     A gradient's entry that is not finite, or would not be in the momentum's type, leaves its
     momentum as it was. Statistics that are not finite leave their layer's averages as they were
-    and are counted in the state's `skipped`.
+    and are counted in the state's `skipped`. Where a step would not be finite, it is 0.
 
     Args:
-      layout: from `adafisher_jax.trace_layout`.
-      rule: `"paper"`, `"official"` or `"centered"`.
+      layout: from `adafisher_jax.trace_layout`; None where there are no layers.
+      rule: `"paper"`, `"official"` or `"centered"`, the recommended one.
       b1: decay β of the momentum.
       curvature_ema: decay γ of the factors' averages; None for the rule's default.
       damping: λ (or τ); None for the rule's default. Without any (0), entries whose Fisher term
@@ -84,17 +127,19 @@ def scale_by_adafisher(
       mu_dtype: type the momentum is stored in; None for the parameters' own.
 
     Returns:
-      A transformation whose `update` takes `factors` as an extra argument.
+      A transformation whose `update` takes `factors` as an extra argument, and with a layout
+      asks for it. Updates have the gradients' types.
 
     Raises:
       ValueError: for an unknown rule, a negative damping or a decay outside [0, 1), and, from
-        `init` and `update`, for a layout, factors or a state whose shapes are another model's.
+        `init` and `update`, for parameters that the layout does not know, and for a layout,
+        factors or a state whose shapes are another model's.
       TypeError: for a layout that is none, a `mu_dtype` or, from `init`, a parameter that is not
-        floating-point.
+        floating-point, and, from `update`, if there is a layout and `factors` was left out.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> tx = scale_by_adafisher()
+      >>> tx = scale_by_adafisher(None, rule="paper")
       >>> params = {"w": jnp.ones(2)}
       >>> updates, state = tx.update({"w": jnp.array([1.0, 2.0])}, tx.init(params))
       >>> updates["w"].round(3).tolist()
@@ -103,7 +148,10 @@ def scale_by_adafisher(
     chosen = make_rule(rule, curvature_ema, damping)
     check_fraction("b1", b1)
     if not isinstance(layout, Layout | None):
-        raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout or None")
+        raise TypeError(
+            f"layout: got {type(layout).__name__}, wanted "
+            "adafisher_jax.trace_layout(loss_fn, params, ...) or, for no layers, None"
+        )
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.inexact):
         raise TypeError(f"mu_dtype: got {jnp.dtype(mu_dtype)}, wanted a floating-point type")
     layers = sorted(layout.layers, key=lambda layer: layer.path) if layout is not None else []
@@ -114,12 +162,7 @@ def scale_by_adafisher(
 
     def init_fn(params: optax.Params) -> ScaleByAdaFisherState:
         leaves, _ = by_path(params)
-        for path, leaf in leaves.items():
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-                raise TypeError(
-                    f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
-                    "floating-point array"
-                )
+        check_floating(leaves)
         leaves = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
         count = jnp.zeros([], jnp.int32)
         if not leaves:  # nothing to step, or optax.tree.map_params asks where the parameters are
@@ -147,11 +190,16 @@ def scale_by_adafisher(
         updates: optax.Updates,
         state: ScaleByAdaFisherState,
         params: optax.Params | None = None,
-        *,
-        factors: dict[str, Factor] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdaFisherState]:
-        del params, extra_args
+        del params
+        if layout is not None and "factors" not in extra_args:
+            raise TypeError(
+                "update: got no keyword factors. Write tx.update(grads, opt_state, params, "
+                "factors=factors), with those of adafisher_jax.value_and_grad, or factors=None to "
+                "keep the stored curvature. If you did, a wrapper around the optimizer dropped it"
+            )
+        factors: dict[str, Factor] | None = extra_args.get("factors")
         grads, treedef = by_path(updates)
         check_state(state, jax.eval_shape(init_fn, updates))
         count = optax.safe_increment(state.count)
@@ -252,7 +300,7 @@ def _step_layer(
         curvature, outcome = rule.refresh(layer, curvature, fresh)
     new, momentum = _momentum(rule, b1, correction, mu, grads)
     directions, scales = rule.direction(layer, curvature, momentum, grads, scales)
-    return curvature, outcome, _typed_like(mu, new), _typed_like(grads, directions), scales
+    return curvature, outcome, _typed_like(mu, new), _steps_like(grads, directions), scales
 
 
 @jax.jit
@@ -262,11 +310,17 @@ def _step_alone(
     """The same of a parameter outside every layer."""
     new, momentum = _momentum(rule, b1, correction, mu, grad)
     direction, scale = rule.fallback(momentum, grad, scale)
-    return Step(_typed_like(mu, new), _typed_like(grad, direction), scale)
+    return Step(_typed_like(mu, new), _steps_like(grad, direction), scale)
 
 
 def _typed_like(wanted: Any, values: Any) -> Any:
     return jax.tree.map(lambda like, value: value.astype(like.dtype), wanted, values)
+
+
+def _steps_like(grads: Any, steps: Any) -> Any:
+    """Steps in the gradients' types, and none where they are not finite in these."""
+    typed = _typed_like(grads, steps)
+    return jax.tree.map(lambda step: jnp.where(jnp.isfinite(step), step, 0), typed)
 
 
 def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> tuple[Any, Any]:
@@ -286,11 +340,12 @@ def _average(b1: Any, mu: jax.Array, grad: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(new) <= most.astype(jnp.finfo(dtype).dtype), new, mu)
 
 
+@_all_said('adafisher(3e-2, layout, rule="centered")')
 def adafisher(
     learning_rate: optax.ScalarOrSchedule,
-    layout: Layout | None = None,
+    layout: Layout | None,
     *,
-    rule: str = "paper",
+    rule: str,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,
@@ -304,8 +359,10 @@ def adafisher(
 
     with `d` from `scale_by_adafisher`, which documents the other arguments and errors.
 
-    `learning_rate` is α, a number or a schedule (the paper's is 1e-3); `weight_decay` is κ,
-    added to the gradient; `mask` says which parameters decay, as in `optax.add_decayed_weights`.
+    `learning_rate` is α, a number or a schedule (for `"centered"` begin with 3e-2; the paper's is
+    1e-3); `weight_decay` is κ, added to the gradient; `mask` says which parameters decay, as in
+    `optax.add_decayed_weights`. A rate or a decay that is neither a number nor a schedule is a
+    TypeError.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -313,12 +370,13 @@ def adafisher(
       >>> params = model.init(jax.random.key(0), x)
       >>> loss_fn = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2)
       >>> layout = af.trace_layout(loss_fn, params, x, y)
-      >>> tx, grad_fn = af.adafisher(1e-3, layout), af.value_and_grad(loss_fn, layout)
+      >>> tx = af.adafisher(3e-2, layout, rule="centered")
+      >>> grad_fn = af.value_and_grad(loss_fn, layout)
       >>> loss, grads, factors = grad_fn(params, x, y)
       >>> updates, state = tx.update(grads, tx.init(params), params, factors=factors)
       >>> params = optax.apply_updates(params, updates)
     """
-    return optax.chain(
+    return _chain(
         _decay(weight_decay, mask),
         scale_by_adafisher(
             layout,
@@ -328,15 +386,16 @@ def adafisher(
             damping=damping,
             mu_dtype=mu_dtype,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        _scale(learning_rate),
     )
 
 
+@_all_said('adafisherw(3e-2, layout, rule="centered")')
 def adafisherw(
     learning_rate: optax.ScalarOrSchedule,
-    layout: Layout | None = None,
+    layout: Layout | None,
     *,
-    rule: str = "paper",
+    rule: str,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,
@@ -352,13 +411,13 @@ def adafisherw(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> tx = adafisherw(0.1, weight_decay=0.5)
+      >>> tx = adafisherw(0.1, None, rule="centered", weight_decay=0.5)
       >>> params = jnp.array([2.0])
       >>> updates, _ = tx.update(jnp.array([0.0]), tx.init(params), params)
       >>> updates.tolist() == [-jnp.float32(0.1)]
       True
     """
-    return optax.chain(
+    return _chain(
         scale_by_adafisher(
             layout,
             rule=rule,
@@ -368,12 +427,36 @@ def adafisherw(
             mu_dtype=mu_dtype,
         ),
         _decay(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _scale(learning_rate),
     )
+
+
+def _chain(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A chain whose updates have the gradients' types, and are 0 where they are not finite."""
+    chain = optax.chain(*links)
+
+    def update(
+        grads: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        updates, state = chain.update(grads, state, params, **extra_args)
+        return _steps_like(grads, updates), state
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _scale(learning_rate: Any) -> optax.GradientTransformation:
+    _check_rate("learning_rate", learning_rate)
+    return optax.scale_by_learning_rate(learning_rate)
 
 
 def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """Weight decay; nothing, which then needs no `params`, where it is the number zero."""
+    _check_rate("weight_decay", weight_decay)
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, mask)
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if not (callable(value) or is_number(value)):
+        raise TypeError(f"{name}: got {value!r:.60}, wanted a number or a schedule, as 3e-2")

@@ -25,7 +25,7 @@ def _sum_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.sum(jnp.square(_wide(x)), axis=tuple(axes))
 
 
-def _numbered(roles: Sequence[str]) -> Axes:
+def numbered(roles: Sequence[str]) -> Axes:
     """Numbers the axes of each role: in, in, out → in0, in1, out0."""
     return tuple(f"{role}{list(roles[:i]).count(role)}" for i, role in enumerate(roles))
 
@@ -50,7 +50,7 @@ class Contraction:
 
     @property
     def weight_axes(self) -> Axes:
-        return _numbered([self._role(letter) for letter in self.weight])
+        return numbered([self._role(letter) for letter in self.weight])
 
     @property
     def bias_axes(self) -> Axes:
@@ -156,10 +156,14 @@ class Window:
     mode: str = "constant"
     flip: bool = False
 
+    def sources(self) -> np.ndarray:
+        """The input position at each position between the margins' ends; -1 for a zero."""
+        fill = {"constant_values": -1} if self.mode == "constant" else {}
+        return np.pad(np.arange(self.inputs), self.margin, mode=self.mode, **fill)  # type: ignore[call-overload]
+
     def reads(self) -> np.ndarray:
         """The input position each (kernel position, output position) reads; -1 for padding."""
-        fill = {"constant_values": -1} if self.mode == "constant" else {}
-        source = np.pad(np.arange(self.inputs), self.margin, mode=self.mode, **fill)  # type: ignore[call-overload]
+        source = self.sources()
         dilated = np.full((len(source) - 1) * self.input_dilation + 1, -1)
         dilated[:: self.input_dilation] = source
         offset = np.arange(self.size)[:, None] * self.kernel_dilation
@@ -168,24 +172,94 @@ class Window:
         found = np.where(inside, dilated[np.where(inside, place, 0)], -1)
         return found[::-1] if self.flip else found
 
-    def counts(self) -> np.ndarray:
-        """How often each kernel position reads each input position, (size, inputs)."""
-        found = self.reads()
-        return np.stack([np.bincount(row[row >= 0], minlength=self.inputs) for row in found])
+    def _steps(self, places: np.ndarray) -> np.ndarray:
+        """How far some places between the margins' ends are ahead of the kernel's, (size, places).
 
-    def regular(self) -> tuple[np.ndarray, np.ndarray]:
-        """`counts` as repeated with the stride, (size, stride), and the inputs where they differ.
+        The output that a kernel position reads there is that many strides on, if there is one.
+        """
+        offset = np.arange(self.size)[:, None] * self.kernel_dilation
+        steps = places * self.input_dilation + self.low - offset
+        return steps[::-1] if self.flip else steps
+
+    def counts(self, positions: np.ndarray) -> np.ndarray:
+        """How often each kernel position reads each of some input positions, (size, positions).
+
+        The positions are in order.
+        """
+        source = self.sources()
+        places = np.flatnonzero(np.isin(source, positions))
+        steps = self._steps(places)
+        reads = (steps % self.stride == 0) & (steps >= 0) & (steps < self.outputs * self.stride)
+        counts = np.zeros((len(positions), self.size), int)
+        np.add.at(counts, np.searchsorted(positions, source[places]), reads.T)
+        return counts.T
+
+    def regular(self) -> np.ndarray:
+        """Far from the edges, `counts` as repeated with the stride, (size, stride).
 
         Example:
-          >>> counts, edges = Window(3, 8, 8, low=1).regular()
-          >>> counts.ravel().tolist(), edges.tolist()
+          >>> window = Window(3, 8, 8, low=1)
+          >>> window.regular().ravel().tolist(), window.edges().tolist()
           ([1, 1, 1], [0, 7])
         """
-        counts, phase = self.counts(), np.arange(self.inputs) % self.stride
-        regular = np.zeros((self.size, self.stride), counts.dtype)
-        for i in range(min(self.stride, self.inputs)):
-            regular[:, i] = np.median(counts[:, phase == i], axis=1)
-        return regular, np.flatnonzero((counts != regular[:, phase]).any(axis=0))
+        steps = self._steps(np.arange(self.stride) + self.margin[0])
+        return (steps % self.stride == 0).astype(int)
+
+    def edges(self) -> np.ndarray:
+        """The input positions, in order, where `counts` may not be regular."""
+        source = self.sources()
+        reach = (self.size - 1) * self.kernel_dilation
+        steps = (np.arange(self.inputs) + self.margin[0]) * self.input_dilation + self.low
+        inner = (steps >= reach) & (steps < self.outputs * self.stride)
+        low, high = self.margin
+        inner[source[:low][source[:low] >= 0]] = False
+        inner[source[len(source) - high :][source[len(source) - high :] >= 0]] = False
+        return np.flatnonzero(~inner)
+
+    def sums(self, totals: jax.Array) -> jax.Array:
+        """The product of `counts`, of all positions, with an array (any, inputs, any).
+
+        Each kernel position reads `outputs` entries, spaced by the stride: a window on those of
+        one phase. With these cut into blocks of a window's length, a window is the end of a block
+        and the beginning of the next. So the counts need no memory, and nothing is subtracted.
+        """
+        source = self.sources()
+        if any(self.margin):
+            padding = jnp.asarray(source < 0)[:, None]
+            totals = jnp.where(padding, 0, jnp.take(totals, np.maximum(source, 0), axis=1))
+        starts = np.arange(self.size) * self.kernel_dilation
+        if self.flip:
+            starts = starts[::-1]
+        first, phase = starts // self.stride, starts % self.stride
+        blocks = (int(max(first)) + self.outputs - 1) // self.outputs + 1
+        length = (totals.shape[1] - 1) * self.input_dilation + 1
+        high = blocks * self.outputs * self.stride - self.low - length
+        gaps = [(0, 0, 0), (self.low, high, self.input_dilation - 1), (0, 0, 0)]
+        totals = jax.lax.pad(totals, jnp.zeros((), totals.dtype), gaps)
+        before, _, after = totals.shape
+        totals = totals.reshape(before, blocks, self.outputs, self.stride, after)
+
+        def at(sums: jax.Array, places: np.ndarray) -> jax.Array:
+            flat = sums.reshape(before, blocks * self.outputs, self.stride, after)
+            return flat[:, places, phase]
+
+        ends = at(jax.lax.cumsum(totals, 2, reverse=True), first)
+        beginnings = at(jax.lax.cumsum(totals, 2), first + self.outputs - 1)
+        return ends + jnp.where(jnp.asarray(first % self.outputs > 0)[:, None], beginnings, 0)
+
+
+ENTRIES = 2**18  # of a matrix of counts at most; it is a constant of the program
+EDGES = 64  # of a window at most that are summed one by one
+
+
+def _is_small(window: Window, positions: int) -> bool:
+    return window.size * positions <= ENTRIES
+
+
+def _counts(window: Window) -> np.ndarray | None:
+    """The counts of all positions, if these are few."""
+    every = np.arange(window.inputs)
+    return window.counts(every) if _is_small(window, len(every)) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,22 +273,19 @@ class Convolution:
     so that only sums of the input are ever made, never its patches. Over the last spatial axis
     `A` repeats with the stride but at the edges: there the batch sum is over all positions of a
     phase, and over each edge. A sum over rows of contiguous channels is many times faster, on a
-    CPU, than one that keeps all positions.
+    CPU, than one that keeps all positions. `A` itself is made where it is small.
 
     Attributes:
       windows: one for each spatial axis.
       groups: feature groups. They share one kernel slice: `h` and `mean` average over them.
-      transposed: the kernel's last two axes are (out, in).
     """
 
     windows: tuple[Window, ...]
     groups: int = 1
-    transposed: bool = False
 
     @property
     def weight_axes(self) -> Axes:
-        channels = ["out", "in"] if self.transposed else ["in", "out"]
-        return _numbered(["in"] * len(self.windows) + channels)
+        return numbered(["in"] * (len(self.windows) + 1) + ["out"])
 
     @property
     def bias_axes(self) -> Axes:
@@ -226,14 +297,18 @@ class Convolution:
             return jax.tree.map(lambda found: found[0], point.of_inputs(x[..., None, :]))
         *others, last = self.windows
         batch = tuple(range(x.ndim - len(self.windows) - 1))
-        counts = [window.counts() for window in others]
-        regular, edges = last.regular()
-        phased = last.inputs % last.stride == 0 and 4 * len(edges) <= last.inputs
+        edges = last.edges()
+        few = len(edges) <= min(last.inputs // 4, EDGES)
+        phased = last.inputs % last.stride == 0 and few and _is_small(last, last.stride)
+        counts = [_counts(window) for window in others]
         if phased:
-            at_edges = last.counts()[:, edges] - regular[:, edges % last.stride]
+            regular = last.regular()
+            at_edges = last.counts(edges) - regular[:, edges % last.stride]
+            differ = at_edges.any(axis=0)
+            edges, at_edges = edges[differ], at_edges[:, differ]
             counts.append(np.concatenate([regular, at_edges], axis=1))
         else:
-            counts.append(last.counts())
+            counts.append(_counts(last))
 
         def total(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
             if not phased:
@@ -246,29 +321,29 @@ class Convolution:
 
         totals = jnp.stack([total(lambda x: jnp.square(_wide(x))), total(_wide)], axis=-2)
         squares, sums = jnp.moveaxis(self._gather(totals, counts), -2, 0)
-        *space, channels = squares.shape
-        shape = (*space, 1, channels) if self.transposed else (*space, channels, 1)
-        return jnp.maximum(squares, 0).reshape(shape), sums.reshape(shape)
+        return jnp.maximum(squares, 0)[..., None], sums[..., None]
 
-    def _gather(self, totals: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
+    def _gather(self, totals: jax.Array, counts: Sequence[np.ndarray | None]) -> jax.Array:
         """Sums batch sums of the input, (*positions, sums, channels), into the kernel's in axes."""
         *space, channels = totals.shape
         totals = totals.reshape(*space, self.groups, channels // self.groups)
         totals = jnp.sum(totals, axis=-2) / self.groups
         shape = totals.shape
-        for axis, of_axis in enumerate(counts):
+        for axis, (window, of_axis) in enumerate(zip(self.windows, counts, strict=True)):
             # One product for each position before this axis: so nothing has to be transposed.
             before = math.prod(totals.shape[:axis])
-            each = jnp.asarray(np.broadcast_to(of_axis, (before, *of_axis.shape)), totals.dtype)
             rows = totals.reshape(before, totals.shape[axis], -1)
-            found = jnp.matmul(each, rows, precision=jax.lax.Precision.HIGHEST)
-            totals = found.reshape(*totals.shape[:axis], len(of_axis), *shape[axis + 1 :])
+            if of_axis is None:
+                found = window.sums(rows)
+            else:
+                each = jnp.asarray(np.broadcast_to(of_axis, (before, *of_axis.shape)), totals.dtype)
+                found = jnp.matmul(each, rows, precision=jax.lax.Precision.HIGHEST)
+            totals = found.reshape(*totals.shape[:axis], window.size, *shape[axis + 1 :])
         return totals
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         s = _sum_squares(g, range(g.ndim - 1))
-        end = (s.size, 1) if self.transposed else (1, s.size)
-        return s.reshape((1,) * len(self.windows) + end)
+        return s.reshape((1,) * (len(self.windows) + 1) + s.shape)
 
     def rows(self, y: jax.Array) -> int:
         return math.prod(y.shape[:-1])
@@ -286,11 +361,11 @@ class LocalConvolution:
 
     @property
     def weight_axes(self) -> Axes:
-        return _numbered(["batch"] * len(self.windows) + ["in", "out"])
+        return numbered(["batch"] * len(self.windows) + ["in", "out"])
 
     @property
     def bias_axes(self) -> Axes:
-        return _numbered(["batch"] * len(self.windows) + ["out"])
+        return numbered(["batch"] * len(self.windows) + ["out"])
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         batch = tuple(range(x.ndim - len(self.windows) - 1))
@@ -318,29 +393,130 @@ class LocalConvolution:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookup:
-    """An embedding: its inputs are one-hot, so `h` counts tokens. A row is one lookup."""
+class Rearranged:
+    """Another layer's statistic, where arrays have their axes in another order.
 
-    size: int
+    Attributes:
+      layer: the statistic, of arrays in its own order.
+      x: for each axis of the input in that order, which one it is here; None for the same.
+      weight: likewise of the weight.
+      y: likewise of the output.
+    """
+
+    layer: Convolution
+    x: tuple[int, ...] | None
+    weight: tuple[int, ...]
+    y: tuple[int, ...] | None
 
     @property
     def weight_axes(self) -> Axes:
-        return ("in0", "out0")
+        return tuple(self.layer.weight_axes[self.weight.index(i)] for i in range(len(self.weight)))
+
+    @property
+    def bias_axes(self) -> Axes:
+        return self.layer.bias_axes
+
+    def back(self, value: jax.Array) -> jax.Array:
+        """An array like the weight, in the order of the weight here."""
+        return value.transpose([self.weight.index(i) for i in range(len(self.weight))])
+
+    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        squares, sums = self.layer.of_inputs(jnp.transpose(x, self.x or range(x.ndim)))
+        return self.back(squares), self.back(sums)
+
+    def of_cotangents(self, g: jax.Array) -> jax.Array:
+        return self.back(self.layer.of_cotangents(jnp.transpose(g, self.y or range(g.ndim))))
+
+    def rows(self, y: jax.Array) -> int:
+        return self.layer.rows(jnp.transpose(y, self.y or range(y.ndim)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A table whose rows are looked up: its inputs are one-hot, so `h` counts tokens.
+
+    A row is one lookup. A table of one row is used whatever the index is.
+
+    Attributes:
+      map: the linear map of one-hot inputs, whose last axis is the table's.
+      size: of that axis.
+      component: where indices are vectors, as in `jax.lax.gather`, which entry is meant.
+      clips: whether an index outside of the table means its nearest row, or else none.
+    """
+
+    map: Contraction
+    size: int
+    component: int | None = None
+    clips: bool = False
+
+    @property
+    def weight_axes(self) -> Axes:
+        return self.map.weight_axes
 
     @property
     def bias_axes(self) -> Axes:
         return ()
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        index = jnp.ravel(x) if self.size > 1 else jnp.zeros(x.size, jnp.int32)
-        counts = jnp.zeros((self.size, 1), jnp.float32).at[index].add(1)
+        *letters, looked_up = self.map.x
+        index = self.index(x)
+        batch = [i for i, c in enumerate(letters) if c in self.map.weight]
+        sizes = [index.shape[i] for i in batch]
+        places = [jax.lax.broadcasted_iota(jnp.int32, index.shape, i) for i in batch]
+        counts = jnp.zeros((*sizes, self.size), jnp.float32).at[(*places, index)].add(1)
+        kept = "".join(letters[i] for i in batch) + looked_up
+        counts = self.map._like_weight(counts, kept)
         return counts, counts
 
+    def index(self, x: jax.Array) -> jax.Array:
+        """The indices; `size`, which is no row, in place of those that mean none."""
+        if self.size == 1:
+            x = x if self.component is None else x[..., self.component]
+            return jnp.zeros(x.shape, jnp.int32)
+        if self.component is None:
+            return x
+        x = x[..., self.component]
+        return jnp.clip(x, 0, self.size - 1) if self.clips else jnp.where(x < 0, self.size, x)
+
     def of_cotangents(self, g: jax.Array) -> jax.Array:
-        return _sum_squares(g, range(g.ndim - 1))[None, :]
+        return self.map.of_cotangents(g)
 
     def rows(self, y: jax.Array) -> int:
-        return math.prod(y.shape[:-1])
+        return self.map.rows(y)
+
+
+def lookup(ndim: int, size: int) -> Lookup:
+    """The lookup of whole rows of a table (size, features), with indices of rank `ndim`."""
+    return Lookup(dense(ndim + 1), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Experts: rows in a line, group by group, each group with a matrix of its own.
+
+    Inputs are the rows (n, in) and how many of them each group has; rows after the last group are
+    none. The groups of the weight (groups, in, out) are stacked layers, each with rows of its own.
+    """
+
+    @property
+    def weight_axes(self) -> Axes:
+        return ("stack0", "in0", "out0")
+
+    def of_inputs(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        squares, sums = (_by_group(v, sizes) for v in (jnp.square(_wide(x)), _wide(x)))
+        return squares[:, :, None], sums[:, :, None], sizes
+
+    def of_cotangents(self, g: jax.Array, sizes: jax.Array) -> jax.Array:
+        return _by_group(jnp.square(_wide(g)), sizes)[:, None, :]
+
+    def rows(self, y: jax.Array, sizes: jax.Array) -> jax.Array:
+        return sizes[:, None, None]
+
+
+def _by_group(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The sum of each group's rows."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    return jax.ops.segment_sum(rows, group, len(sizes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +544,7 @@ class Normalization:
 
     @property
     def weight_axes(self) -> Axes:
-        return _numbered(["out"] * len(self.channels))
+        return numbered(["out"] * len(self.channels))
 
     @property
     def bias_axes(self) -> Axes:

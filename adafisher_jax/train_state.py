@@ -7,7 +7,6 @@ import optax
 from flax import serialization
 from flax.training import train_state
 
-from adafisher_jax.factors import Factor
 from adafisher_jax.layout import check_state
 
 
@@ -21,7 +20,7 @@ class TrainState(train_state.TrainState):
       >>> loss_fn = lambda params, x, y: jnp.mean((model.apply({"params": params}, x) - y) ** 2)
       >>> layout = af.trace_layout(loss_fn, params, x, y)
       >>> state = af.TrainState.create(
-      ...     apply_fn=model.apply, params=params, tx=af.adafisher(1e-3, layout)
+      ...     apply_fn=model.apply, params=params, tx=af.adafisher(3e-2, layout, rule="centered")
       ... )
       >>> loss, grads, factors = af.value_and_grad(loss_fn, layout)(state.params, x, y)
       >>> state = state.apply_gradients(grads=grads, factors=factors)
@@ -29,26 +28,23 @@ class TrainState(train_state.TrainState):
       1
     """
 
-    def apply_gradients(
-        self, *, grads: Any, factors: dict[str, Factor] | None = None, **kwargs: Any
-    ) -> Self:
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         r"""One step of `tx`, :math:`\theta \leftarrow \theta + \mathrm{tx}(g; H, S)`.
 
         Args:
           grads: gradients, shaped as `params`.
-          factors: of the same call of `adafisher_jax.value_and_grad`; None keeps the averages.
-          **kwargs: further fields to replace.
+          **kwargs: `factors`, of the same call of `adafisher_jax.value_and_grad`, or None to keep
+            the averages; and further fields to replace.
 
         Returns:
           The state with `step`, `params` and `opt_state` updated.
 
         Raises:
-          ValueError, TypeError: those of `scale_by_adafisher`'s `update`; TypeError for factors
-            if `tx` takes none.
+          ValueError, TypeError: those of `scale_by_adafisher`'s `update`, as for factors left
+            out; TypeError for factors if `tx` takes none.
         """
-        update = self.tx.update
-        if factors is not None:
-            update = functools.partial(update, factors=factors)
+        factors = {"factors": kwargs.pop("factors")} if "factors" in kwargs else {}
+        update = functools.partial(self.tx.update, **factors)
         given = optax.GradientTransformation(self.tx.init, update)
         state = super(TrainState, self.replace(tx=given)).apply_gradients(grads=grads, **kwargs)
         return state.replace(tx=self.tx)

@@ -41,8 +41,10 @@ LAYERS = {
 }
 
 
-def layout_of(*layers):
-    return af.Layout(tuple(sorted(layers, key=lambda layer: layer.path)))
+def layout_of(*layers, **others):
+    """A layout of some layers, and of other parameters' shapes by path."""
+    rows = tuple(af.Uncovered(af.Leaf(path, shape), "by hand") for path, shape in others.items())
+    return af.Layout(tuple(sorted(layers, key=lambda layer: layer.path)), rows)
 
 
 def unflatten(by_path):

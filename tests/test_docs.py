@@ -8,7 +8,7 @@ import flax.linen as nn
 import pytest
 from flax import nnx
 
-from adafisher_jax import linen_layers, nnx_layers
+from adafisher_jax.capture import linen_layers, nnx_layers
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "layers.md"
 READ = {"dense", "conv", "conv_local", "embedding", "norm"}

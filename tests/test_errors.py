@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from adafisher_jax.layout import by_path
 
 RULES = ("paper", "official", "centered")
 X = jnp.ones((4, 3))
@@ -48,7 +49,7 @@ def says(error, *parts):
 
 
 def update(factors, layout=LAYOUT):
-    tx = af.scale_by_adafisher(layout)
+    tx = af.scale_by_adafisher(layout, rule="paper")
     jax.eval_shape(lambda g, s: tx.update(g, s, factors=factors), captured()[0], tx.init(PARAMS))
 
 
@@ -74,12 +75,12 @@ def update(factors, layout=LAYOUT):
 )
 def test_bad_settings(make, options, parts):
     with says(ValueError, *parts):
-        make(LAYOUT, **options)
+        make(LAYOUT, **{"rule": "paper"} | options)
 
 
 def test_a_momentum_of_integers():
     with says(TypeError, "mu_dtype", "int32", "floating-point"):
-        af.scale_by_adafisher(LAYOUT, mu_dtype=jnp.int32)
+        af.scale_by_adafisher(LAYOUT, rule="paper", mu_dtype=jnp.int32)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -117,28 +118,33 @@ def test_an_integer_parameter_to_trace_layout(bad):
 
 def test_two_parameters_of_one_path():
     params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
-    for refuses in (af.scale_by_adafisher().init, lambda p: af.trace_layout(LOSS, p, X)):
+    for refuses in (
+        af.scale_by_adafisher(None, rule="paper").init,
+        lambda p: af.trace_layout(LOSS, p, X),
+    ):
         with says(ValueError, "same path", "'a/b'", "'/'"):
             refuses(params)
 
 
 def test_init_with_another_models_parameters():
     with says(ValueError, "'layers_0/", "7", "5", "another model"):
-        af.adafisher(1e-3, LAYOUT).init(OTHER)
+        af.adafisher(1e-3, LAYOUT, rule="paper").init(OTHER)
 
 
 def test_update_with_another_models_gradients():
     grads, factors = captured()
-    tx = af.scale_by_adafisher(OTHER_LAYOUT)
+    tx = af.scale_by_adafisher(OTHER_LAYOUT, rule="paper")
     with says(ValueError, "'layers_0/", "7", "5", "another model"):
         tx.update(grads, tx.init(OTHER), factors=factors)
 
 
-@pytest.mark.parametrize("call", [lambda tx: tx.init(PARAMS), lambda tx: tx.update(PARAMS, None)])
-def test_a_layout_none_of_whose_layers_is_in_params(call):
+@pytest.mark.parametrize(
+    "call", [lambda tx: tx.init(PARAMS), lambda tx: tx.update(PARAMS, None, factors=None)]
+)
+def test_parameters_none_of_which_the_layout_knows(call):
     """As when it was traced for a full variables dict, and the optimizer is given the params."""
-    with says(ValueError, "none of", "'model/layers_0/bias'", "'layers_0/bias'"):
-        call(af.scale_by_adafisher(ELSEWHERE))
+    with says(ValueError, "does not know", "'layers_0/bias'", "'model/layers_0/bias'"):
+        call(af.scale_by_adafisher(ELSEWHERE, rule="paper"))
 
 
 # Factors.
@@ -201,14 +207,15 @@ def test_an_empty_capture(how):
     loss, params = empty_losses()[how]
     with says(ValueError, "the capture met no layer", "Flax", "adafisher_jax.tap"):
         af.trace_layout(loss, params, X)
+    unknown = tuple(af.Uncovered(af.Leaf(path, ()), "") for path in by_path(params)[0])
     with says(ValueError, "the capture met no layer"):
-        af.value_and_grad(loss, af.Layout(()))(params, X)
+        af.value_and_grad(loss, af.Layout((), unknown))(params, X)
 
 
 def test_a_gradient_with_another_models_layout():
     with says(ValueError, "'layers_0/", "5", "7", "another model"):
         af.value_and_grad(LOSS, OTHER_LAYOUT)(PARAMS, X)
-    with says(ValueError, "none of", "'model/layers_0/bias'", "'layers_0/bias'"):
+    with says(ValueError, "does not know", "'layers_0/bias'", "'model/layers_0/bias'"):
         af.value_and_grad(LOSS, ELSEWHERE)(PARAMS, X)
 
 
@@ -294,7 +301,7 @@ def test_an_argument_too_many_and_a_loss_that_is_no_scalar():
 
 
 def test_a_wrapped_transformation_raises_too():
-    tx = optax.chain(optax.clip(1.0), af.adafisher(1e-3, LAYOUT))
+    tx = optax.chain(optax.clip(1.0), af.adafisher(1e-3, LAYOUT, rule="paper"))
     grads, factors = captured()
     with says(ValueError, "'layers_2'", "missing"):
         tx.update(grads, tx.init(PARAMS), PARAMS, factors={"layers_0": factors["layers_0"]})

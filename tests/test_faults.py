@@ -163,7 +163,7 @@ def test_an_empty_micro_batch_takes_no_part(rule):
 )
 @any_rule
 def test_a_momentum_its_type_cannot_hold_is_not_stored(rule, dtype, bad):
-    tx = af.scale_by_adafisher(rule=rule, mu_dtype=dtype)
+    tx = af.scale_by_adafisher(None, rule=rule, mu_dtype=dtype)
     grads = {"w": jnp.array([1.0, -20.0, 5.0]), "v": jnp.ones(2)}
     update = jax.jit(tx.update)
     _, before = update(grads, tx.init(grads))
@@ -248,7 +248,7 @@ def soak_step(tx, carry, inputs):
     factors = jax.tree.map(lambda a: jnp.where(fault == ABSENT, 0, a), factors)
     updates, state = jax.lax.cond(
         fault == NO_FACTORS,
-        lambda: tx.update(grads, state, params),
+        lambda: tx.update(grads, state, params, factors=None),
         lambda: tx.update(grads, state, params, factors=factors),
     )
     params = optax.apply_updates(params, updates)
@@ -279,7 +279,7 @@ def test_twenty_thousand_steps_with_random_faults(rule):
 
 def test_counts_are_in_the_order_of_the_factors_whatever_the_order_of_the_layers():
     layers = [make_layer(name, "dense", (3, 4), "in0 out0") for name in ("b", "a")]
-    tx = af.scale_by_adafisher(af.Layout(tuple(layers)))
+    tx = af.scale_by_adafisher(af.Layout(tuple(layers)), rule="paper")
     grads = random_tree(np.random.default_rng(0), *layers)
     factors = random_factors(np.random.default_rng(0), *layers)
     factors["a"] = factors["a"]._replace(s=factors["a"].s * jnp.nan)

@@ -62,7 +62,7 @@ heads/kernel         dense      4    2×3  -        yes
 norm/bias            norm       -    4    -        yes
 norm/scale           norm       -    4    -        yes
 shift                -          -    4    -        no: no layer of a known kind uses it as it is
-97.5% of 201 parameters under a Fisher block"""
+97.5% of 201 parameters under a Fisher block, others get momentum ("centered": over an RMS)"""
 
 
 def test_it_prints_as_a_table():

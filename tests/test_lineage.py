@@ -10,8 +10,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 import adafisher_jax as af
-from adafisher_jax import lineage, statistics
-from adafisher_jax.lineage import Origin, Slice
+from adafisher_jax import statistics
+from adafisher_jax.capture import lineage
+from adafisher_jax.capture.lineage import Mark, Origin, Slice
+from adafisher_jax.capture.pieces import Piece, reshape
 from adafisher_jax.tap import mark
 
 W = jax.ShapeDtypeStruct((4, 3, 2), jnp.float32)  # the source 0: three axes to tell apart
@@ -28,8 +30,12 @@ def used(*parameters, use="use"):
     return jnp.sum(mark(DENSE, jnp.ones((1, 1)), y, parameters, use))
 
 
+def marks_in(program, sources):
+    return [one for one in lineage.find_uses(program, sources) if isinstance(one, Mark)]
+
+
 def find_marks(fun, *sources):
-    return lineage.find_marks(jax.make_jaxpr(fun)(*sources), len(sources))
+    return marks_in(jax.make_jaxpr(fun)(*sources), len(sources))
 
 
 def marks(fun):
@@ -41,18 +47,28 @@ def origins(fun):
     return [found.origins[0] for found in marks(fun)]
 
 
+def axes(*of, shape=(4, 3, 2)):
+    """The axes of an array, each a whole one of its source; "copies" for five along a new one."""
+    copies = (Piece(None, 1, 5),)
+    return tuple(copies if i == "copies" else (Piece(i, 1, shape[i]),) for i in of)
+
+
 def whole(**changes):
-    return Origin(0, (0, 1, 2), **changes)
+    return Origin(0, axes(0, 1, 2), **changes)
+
+
+def reshaped(*shape, **changes):
+    return Origin(0, reshape(axes(0, 1, 2), shape), **changes)
 
 
 def lost(why, **changes):
     return Origin(0, (), lost=why, **changes)
 
 
-def sliced(*axes):
+def sliced(*gone):
     """What is left of the source after slices along some of its axes."""
-    kept = tuple(axis for axis in range(3) if axis not in axes)
-    return Origin(0, kept, tuple(Slice(axis, ()) for axis in axes))
+    kept = tuple(axis for axis in range(3) if axis not in gone)
+    return Origin(0, axes(*kept), tuple(Slice(axis, ()) for axis in gone))
 
 
 def without_places(origin):
@@ -93,11 +109,11 @@ HANDED_ON = {
         whole(frozen=True),
     ),
     "shared by devices": (sharded(PartitionSpec(), used), whole()),
-    "transpose": (lambda w, x: used(w.transpose(2, 0, 1)), Origin(0, (2, 0, 1))),
+    "transpose": (lambda w, x: used(w.transpose(2, 0, 1)), Origin(0, axes(2, 0, 1))),
     "transposed back": (lambda w, x: used(w.transpose(2, 0, 1).transpose(1, 2, 0)), whole()),
     "barrier": (lambda w, x: used(lax.optimization_barrier((x, w))[1]), whole()),
     "put elsewhere": (lambda w, x: used(jax.device_put(w)), whole()),
-    "second input": (lambda w, x: used(x), Origin(1, (0,))),
+    "second input": (lambda w, x: used(x), Origin(1, axes(0, shape=(5,)))),
     # Combined with other arrays, element by element.
     "mask": (lambda w, x: used(w * jnp.ones((4, 3, 2))), whole(mixed=True)),
     "its own mask": (lambda w, x: used(w * (w > 0)), whole(mixed=True)),
@@ -129,7 +145,7 @@ HANDED_ON = {
     # Copies of it along further axes.
     "repeated": (
         lambda w, x: used(jnp.broadcast_to(w, (5, 4, 3, 2))),
-        Origin(0, (None, 0, 1, 2)),
+        Origin(0, axes("copies", 0, 1, 2)),
     ),
     "repeated, mapped": (
         lambda w, x: jax.vmap(used)(jnp.broadcast_to(w, (5, 4, 3, 2))),
@@ -143,17 +159,28 @@ HANDED_ON = {
         lambda w, x: jax.vmap(lambda noise: used(w + noise))(jnp.arange(5.0)),
         whole(mixed=True),
     ),
-    # What is no whole slice.
-    "slice": (lambda w, x: used(w[1]), lost(REARRANGED)),
-    "reshape": (lambda w, x: used(w.reshape(12, 2)), lost(REARRANGED)),
+    # Split and merged axes.
+    "reshape": (lambda w, x: used(w.reshape(12, 2)), reshaped(12, 2)),
+    "split": (lambda w, x: used(w.reshape(2, 2, 6)), reshaped(2, 2, 6)),
+    "reshaped back": (
+        lambda w, x: used(w.reshape(12, 2).reshape(2, 6, 2).reshape(4, 3, 2)),
+        whole(),
+    ),
     "reshape and frozen": (
         lambda w, x: used(lax.stop_gradient(w.reshape(12, 2))),
-        lost(REARRANGED, frozen=True),
+        reshaped(12, 2, frozen=True),
     ),
     "reshape and transpose": (
         lambda w, x: used(w.reshape(4, 3, 2, 1).transpose(3, 0, 1, 2)),
-        lost(REARRANGED),
+        Origin(0, ((), *axes(0, 1, 2))),
     ),
+    "an axis of size one more": (
+        lambda w, x: used(w[:, None]),
+        Origin(0, ((Piece(0, 1, 4),), (), *axes(1, 2))),
+    ),
+    # What is no whole slice.
+    "slice": (lambda w, x: used(w[1]), lost(REARRANGED)),
+    "a part of an axis": (lambda w, x: used(w.reshape(2, 12)[0]), lost(REARRANGED)),
     "scan over a reshape": (
         lambda w, x: lax.scan(lambda c, w: (c + used(w), None), 0.0, w.reshape(12, 2))[0],
         lost(REARRANGED),
@@ -301,7 +328,7 @@ def test_places_lead_to_the_marks_and_to_the_loops_that_slice():
             body = list(lineage.bodies(body.eqns[index]))[which]
         return body.eqns[place[-1][0]]
 
-    found = lineage.find_marks(program, 2)
+    found = marks_in(program, 2)
     assert [equation(one.place).primitive.name for one in found] == ["adafisher_tap"] * 3
     assert len({one.place for one in found}) == 3
     (taken,) = found[0].origins[0].sliced
@@ -315,24 +342,28 @@ def test_a_slice_of_a_vmap_is_taken_at_the_mark_itself():
     assert (outer.axis, inner.axis) == (1, 0)
     assert all(taken.loop[: len(found.place)] == found.place for taken in (outer, inner))
     assert outer.loop != inner.loop
-    assert found.axes == ((0, 1, 2),)
+    assert found.axes == (axes(0, 1, 2),)
 
 
 def test_a_mark_has_the_axes_that_its_program_shows():
     (found,) = marks(lambda w, x: lax.map(lambda w: jax.vmap(used, 1)(w.T).sum(), w).sum())
-    assert found.axes == ((2, 1),)  # axis 0 is gone in the loop, the other two were transposed
+    assert found.axes == (axes(2, 1),)  # axis 0 is gone in the loop, the other two were transposed
     assert [s.axis for s in found.origins[0].sliced] == [0, 1]
 
 
 def test_other_arguments_are_no_sources():
     program = jax.make_jaxpr(lambda w, mask: used(w * mask) + used(mask))(W, W)
-    found = lineage.find_marks(program, 1)
+    found = marks_in(program, 1)
     assert [one.origins for one in found] == [(whole(mixed=True),), (None,)]
 
 
 def test_several_parameters_of_a_use_keep_their_order():
     (found,) = marks(lambda w, x: used(x, w, x + x))
-    assert found.origins == (Origin(1, (0,)), whole(), Origin(1, (0,), mixed=True))
+    assert found.origins == (
+        Origin(1, axes(0, shape=(5,))),
+        whole(),
+        Origin(1, axes(0, shape=(5,)), mixed=True),
+    )
 
 
 def test_uses_are_what_the_adapter_called_them():
@@ -356,5 +387,5 @@ def test_marks_compute_nothing_and_change_no_gradient():
 
 def test_dropped_axes_are_named_as_the_source_has_them():
     found = whole().drop(1, ((7, 0),)).drop(1, ((8, 0),))
-    assert found == Origin(0, (0,), (Slice(1, ((7, 0),)), Slice(2, ((8, 0),))))
+    assert found == Origin(0, axes(0), (Slice(1, ((7, 0),)), Slice(2, ((8, 0),))))
     assert lost(COMPUTED).drop(0, ()) == lost(COMPUTED)

@@ -303,15 +303,13 @@ class Wrapped(nnx.Module):
         return self.plain(self.inner(x))
 
 
-def test_batch_axes_out_of_order_are_uncovered():
-    unordered = Of(nnx.LinearGeneral, 4, 3, batch_axis={1: 2, 0: 2})
-
-    def make(rngs):
-        return nnx.Sequential(unordered(rngs), Of(nnx.Linear, 3, 2)(rngs))
-
-    layout, _ = captured(loss_of, random_model(make), inputs_of((2, 2, 5, 4)))
-    assert [layer.path for layer in layout.layers] == ["layers/1"]
-    assert len(layout.uncovered) == 2
+def test_batch_axes_out_of_order_are_read_from_the_product():
+    model, x = random_model(Of(nnx.LinearGeneral, 4, 3, batch_axis={1: 2, 0: 2})), (2, 2, 5, 4)
+    layout, factors = captured(loss_of, model, inputs_of(x))
+    (layer,) = layout.layers
+    assert layer.axes == ("batch0", "batch1", "in0", "out0")
+    squares = np.mean(inputs_of(x) ** 2, 2)
+    np.testing.assert_allclose(factors[""].h[..., 0], squares, 1e-12)
 
 
 def double(leaf):

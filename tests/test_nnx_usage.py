@@ -140,7 +140,7 @@ def test_layers_that_share_their_kernel_but_not_their_bias_are_uncovered():
     assert all("differ in their bias" in row.reason for row in layout.uncovered)
 
 
-def test_arithmetic_of_ones_own_is_uncovered():
+def test_arithmetic_of_ones_own_is_a_layer_of_what_it_multiplies_by():
     class Own(nnx.Linear):
         def __call__(self, x):
             return x @ self.kernel[...]
@@ -148,9 +148,12 @@ def test_arithmetic_of_ones_own_is_uncovered():
     def make(rngs):
         return nnx.Sequential(Own(3, 3, param_dtype=F64, rngs=rngs), linear(rngs))
 
-    layout, _ = captured(loss_of, random_model(make), inputs_of(X))
-    assert paths(layout) == ["layers/1"]
-    assert [row.leaf.path for row in layout.uncovered] == ["layers/0/bias", "layers/0/kernel"]
+    layout, factors = captured(loss_of, random_model(make), inputs_of(X))
+    assert paths(layout) == ["layers/0", "layers/1"]
+    assert [row.leaf.path for row in layout.uncovered] == ["layers/0/bias"]
+    np.testing.assert_allclose(
+        factors["layers/0"].h[:, 0], np.mean(inputs_of(X).reshape(-1, 3) ** 2, 0), 1e-12
+    )
 
 
 def test_an_abstract_model_has_the_same_layout():
@@ -307,7 +310,7 @@ def test_training_under_nnx_jit():
 def test_the_functional_style_is_the_same():
     model, x = random_model(Block), inputs_of(X)
     layout = af.nnx.trace_layout(loss_of, model, x)
-    tx = af.adafisher(1e-2, layout)
+    tx = af.adafisher(1e-2, layout, rule="paper")
     expected, _ = trained(model, tx, nnx.Param, loss_of, layout, x)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -326,7 +329,7 @@ def test_the_functional_style_is_the_same():
 
 
 @pytest.mark.slow
-def test_one_program_with_a_schedule_equals_leaving_factors_out():
+def test_one_program_with_a_schedule_equals_factors_of_none():
     """The dropout's random numbers go on in either case."""
     model, x = random_model(lambda rngs: Block(rngs, dropout=0.5)), inputs_of(X)
     layout = af.nnx.trace_layout(loss_of, model, x)
@@ -347,7 +350,7 @@ def test_one_program_with_a_schedule_equals_leaving_factors_out():
     @nnx.jit
     def keeping(model, optimizer):
         _, grads = plain(model, x)
-        optimizer.update(model, grads)
+        optimizer.update(model, grads, factors=None)
 
     one, two = (
         (copy, nnx.Optimizer(copy, tx, wrt=nnx.Param)) for copy in (model, nnx.clone(model))
@@ -363,7 +366,7 @@ def test_one_program_with_a_schedule_equals_leaving_factors_out():
 def test_the_optimizer_takes_either_form_of_the_state(form):
     model, x = random_model(Block), inputs_of(X)
     layout = af.nnx.trace_layout(loss_of, model, x)
-    tx = af.adafisher(1e-2, layout)
+    tx = af.adafisher(1e-2, layout, rule="paper")
     _, grads, factors = af.nnx.value_and_grad(loss_of, layout)(model, x)
     params = form(model, nnx.Param)
     grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))

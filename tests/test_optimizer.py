@@ -18,6 +18,7 @@ DENSE = make_layer("dense", "dense", (3, 4), "in0 out0", "out0")
 STACK = make_layer("stack", "dense", (2, 3, 4), "stack0 in0 out0", "stack0 out0")
 NORM = make_layer("norm", "norm", (4,), "out0", "out0")
 LAYERS = (DENSE, STACK, NORM)
+LAYOUT = layout_of(*LAYERS, free=(6,))
 
 
 class Setup(NamedTuple):
@@ -38,7 +39,7 @@ def statistics(seed=0):
 
 
 def build(rule="paper", **options):
-    tx = af.scale_by_adafisher(layout_of(*LAYERS), rule=rule, **options)
+    tx = af.scale_by_adafisher(LAYOUT, rule=rule, **options)
     return Setup(tx, quick_jit(tx.update), quick_jit(tx.init)(gradients()))
 
 
@@ -123,7 +124,9 @@ def test_nothing_but_the_momentum_has_a_parameters_size(rule):
         }
         for layer in big
     } | {"free": jax.ShapeDtypeStruct((50, 50), jnp.float32)}
-    state = jax.eval_shape(af.scale_by_adafisher(layout_of(*big), rule=rule).init, params)
+    state = jax.eval_shape(
+        af.scale_by_adafisher(layout_of(*big, free=(50, 50)), rule=rule).init, params
+    )
     assert jax.tree.map(jnp.shape, state.mu) == jax.tree.map(jnp.shape, params)
     rest = jax.tree.leaves(state._replace(mu=()))
     directions = 16 if rule == "centered" else 0  # along the shorter side
@@ -154,7 +157,7 @@ def test_the_states_types_never_change(rule):
 @pytest.mark.parametrize("ema", [np.float64(0.9), jnp.float32(0.9)])
 def test_the_states_types_are_not_those_of_the_settings(rule, ema, x64):
     grads, factors = jax.tree.map(jnp.float32, (gradients(), statistics()))
-    tx = af.scale_by_adafisher(layout_of(*LAYERS), rule=rule, curvature_ema=ema, b1=ema)
+    tx = af.scale_by_adafisher(LAYOUT, rule=rule, curvature_ema=ema, b1=ema)
     state = tx.init(grads)
     _, after = quick_jit(tx.update)(grads, state, factors=factors)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
@@ -199,23 +202,23 @@ def test_without_factors_the_averages_stay_and_precondition(rule):
     _, update, state = setup(rule)
     direction, refreshed = update(gradients(), state, factors=statistics())
     _, other = update(gradients(), state, factors=statistics(seed=9))
-    after, kept = update(gradients(), refreshed)
+    after, kept = update(gradients(), refreshed, factors=None)
     equal(averages(kept), averages(refreshed))
     assert (int(refreshed.count), int(kept.count)) == (1, 2)
     if rule != "centered":  # whose directions have moved on
         close(after, direction)  # the same gradient again, so the same momentum
     assert not np.allclose(
-        after["dense"]["weight"], update(gradients(), other)[0]["dense"]["weight"]
+        after["dense"]["weight"], update(gradients(), other, factors=None)[0]["dense"]["weight"]
     )
 
 
 @every_rule
 def test_before_the_first_refresh_the_update_is_the_fallback(rule):
     _, update, state = setup(rule)
-    plain = quick_jit(af.scale_by_adafisher(rule=rule).update)
-    plain_state = af.scale_by_adafisher(rule=rule).init(gradients())
+    plain = quick_jit(af.scale_by_adafisher(None, rule=rule).update)
+    plain_state = af.scale_by_adafisher(None, rule=rule).init(gradients())
     for seed in range(2):
-        updates, state = update(gradients(seed), state)
+        updates, state = update(gradients(seed), state, factors=None)
         fallback, plain_state = plain(gradients(seed), plain_state)
         for name in ("dense", "norm", "free"):
             close(updates[name], fallback[name])
@@ -231,7 +234,7 @@ def test_before_the_first_refresh_the_update_is_the_fallback(rule):
             assert not np.any(np.isclose(leaf, identity))
 
 
-@pytest.mark.parametrize("layout", [None, layout_of(DENSE)])
+@pytest.mark.parametrize("layout", [None, layout_of(DENSE, free=(2,))])
 @every_rule
 def test_the_fallback_is_the_momentum_or_its_ratio_to_the_gradients_size(rule, layout):
     tx = af.scale_by_adafisher(layout, rule=rule, b1=0.5)
@@ -240,8 +243,8 @@ def test_the_fallback_is_the_momentum_or_its_ratio_to_the_gradients_size(rule, l
         "dense": {"weight": jnp.zeros((3, 4)), "bias": jnp.zeros(4)},
     }
     later = {**grads, "free": jnp.array([0.0, 2.0])}
-    first, state = tx.update(grads, tx.init(grads))
-    second, _ = tx.update(later, state)
+    first, state = tx.update(grads, tx.init(grads), factors=None)
+    second, _ = tx.update(later, state, factors=None)
     momentum = np.array([[3.0, 4.0], [0.25 * 3 / 0.75, (0.25 * 4 + 0.5 * 2) / 0.75]])
     if rule == "centered":
         momentum[1] = (0.125 * 3 / 0.875, (0.125 * 4 + 0.75 * 2) / 0.875)  # a step ahead
@@ -253,7 +256,7 @@ def test_the_fallback_is_the_momentum_or_its_ratio_to_the_gradients_size(rule, l
 
 @every_rule
 def test_a_parameter_may_be_a_number(rule):
-    tx = af.scale_by_adafisher(rule=rule)
+    tx = af.scale_by_adafisher(None, rule=rule)
     updates, _ = tx.update({"a": jnp.ones([])}, tx.init({"a": 1.0}))
     assert updates["a"] > 0
 

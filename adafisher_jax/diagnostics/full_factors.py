@@ -69,7 +69,7 @@ def full_factors(
       [[5.0, 1.0, 2.0], [1.0, 2.0, 1.0], [2.0, 1.0, 1.0]]
     """
     check_layout(layout)
-    chosen = Layout(choose(layout, paths))
+    chosen = layout.only(layer.path for layer in choose(layout, paths))
 
     def factors_fn(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, FullFactor]:
         loss, params = pure(loss_fn, first)

@@ -57,7 +57,7 @@ def report(
     opt_state: Any,
     layout: Layout,
     *,
-    rule: str = "paper",
+    rule: str,
     damping: Any = None,
     learning_rate: Any = 1.0,
     params: Any = None,
@@ -93,10 +93,11 @@ def report(
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> loss_fn = lambda params, x: jnp.sum(model.apply({"params": params}, x))
       >>> layout = af.trace_layout(loss_fn, params, x)
-      >>> tx, grad_fn = af.adafisher(1e-3, layout), af.value_and_grad(loss_fn, layout)
+      >>> tx = af.adafisher(1e-3, layout, rule="paper")
+      >>> grad_fn = af.value_and_grad(loss_fn, layout)
       >>> loss, grads, factors = grad_fn(params, x)
       >>> updates, state = tx.update(grads, tx.init(params), params, factors=factors)
-      >>> found = report(state, layout, params=params, updates=updates)[""]
+      >>> found = report(state, layout, rule="paper", params=params, updates=updates)[""]
       >>> found.condition.item(), found.age.item(), found.skipped.item()
       (2.5, 0, 0)
     """

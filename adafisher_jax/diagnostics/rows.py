@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.statistics import Contraction, Convolution, LocalConvolution, Lookup, Window
+from adafisher_jax.statistics import (
+    Contraction,
+    Convolution,
+    LocalConvolution,
+    Lookup,
+    Rearranged,
+    Window,
+)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -81,13 +88,12 @@ def _(statistic: Convolution, x: jax.Array) -> jax.Array:
     found = found.reshape(-1, *sizes, groups, channels // groups)
     # Groups share a slice of the kernel, so that each is a row; as many as without them count.
     found = jnp.moveaxis(found, -2, 0).reshape(-1, *sizes, channels // groups) / groups**0.5
-    return jnp.expand_dims(found, -2 if statistic.transposed else -1)
+    return found[..., None]
 
 
 @of_cotangents.register
 def _(statistic: Convolution, g: jax.Array) -> jax.Array:
-    channels = (g.shape[-1], 1) if statistic.transposed else (1, g.shape[-1])
-    return _wide(g).reshape(-1, *(1,) * len(statistic.windows), *channels)
+    return _wide(g).reshape(-1, *(1,) * (len(statistic.windows) + 1), g.shape[-1])
 
 
 @of_inputs.register
@@ -106,12 +112,23 @@ def _(statistic: LocalConvolution, g: jax.Array) -> jax.Array:
 
 
 @of_inputs.register
+def _(statistic: Rearranged, x: jax.Array) -> jax.Array:
+    found = of_inputs(statistic.layer, jnp.transpose(x, statistic.x or range(x.ndim)))
+    return jax.vmap(statistic.back)(found)
+
+
+@of_cotangents.register
+def _(statistic: Rearranged, g: jax.Array) -> jax.Array:
+    found = of_cotangents(statistic.layer, jnp.transpose(g, statistic.y or range(g.ndim)))
+    return jax.vmap(statistic.back)(found)
+
+
+@of_inputs.register
 def _(statistic: Lookup, x: jax.Array) -> jax.Array:
-    index = jnp.ravel(x) if statistic.size > 1 else jnp.zeros(x.size, jnp.int32)
-    found = jnp.zeros((x.size, statistic.size), jnp.float32).at[np.arange(x.size), index].set(1)
-    return found[..., None]
+    one_hot = jax.nn.one_hot(statistic.index(x), statistic.size, dtype=jnp.float32)
+    return of_inputs(statistic.map, one_hot)
 
 
 @of_cotangents.register
 def _(statistic: Lookup, g: jax.Array) -> jax.Array:
-    return _wide(g).reshape(-1, 1, g.shape[-1])
+    return of_cotangents(statistic.map, g)

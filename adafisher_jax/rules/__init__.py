@@ -9,7 +9,16 @@ from adafisher_jax.rules.centered import Centered
 from adafisher_jax.rules.published import Official, Paper
 from adafisher_jax.rules.rule import Curvature, Outcome, Pair, Rule, Scale
 
-__all__ = ["Curvature", "Outcome", "Pair", "Rule", "Scale", "check_fraction", "make_rule"]
+__all__ = [
+    "Curvature",
+    "Outcome",
+    "Pair",
+    "Rule",
+    "Scale",
+    "check_fraction",
+    "is_number",
+    "make_rule",
+]
 
 # Each rule with its default averaging constant and damping.
 RULES: dict[str, tuple[type[Rule], float, float]] = {
@@ -37,24 +46,25 @@ def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
       ValueError: for an unknown name, an averaging constant outside [0, 1) or a negative
         damping. Traced values are not checked.
     """
-    if name not in RULES:
+    if name not in tuple(RULES):
         raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, RULES))}")
     rule, default_ema, default_damping = RULES[name]
     ema = default_ema if ema is None else ema
     damping = default_damping if damping is None else damping
     check_fraction("curvature_ema", ema)
-    if _is_known(damping) and not (_is_number(damping) and damping >= 0):
+    if _is_known(damping) and not (is_number(damping) and damping >= 0):
         raise ValueError(f"damping: got {damping!r}, wanted a number of at least 0")
     return rule(ema, damping)
 
 
 def check_fraction(name: str, value: Any) -> None:
     """Raises a `ValueError` for a decay outside [0, 1), unless it is traced."""
-    if _is_known(value) and not (_is_number(value) and 0 <= value < 1):
+    if _is_known(value) and not (is_number(value) and 0 <= value < 1):
         raise ValueError(f"{name}: got {value!r}, wanted a number in [0, 1)")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is one number, which may be traced."""
     return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
 
 

@@ -1,21 +1,24 @@
-"""Threads probes through a traced program to the marks they complete.
+"""Threads probes through a traced program to where statistics are taken.
 
 A probe lies beside a parameter, and must go where that parameter goes: with its slices through
 a scan, along its mapped axis under a `vmap`, and as it is through `jax.jit`, `jax.checkpoint`,
-branches and `shard_map`. So every program that contains a mark gets its probe as further
-inputs, and the mark, given it, becomes a tap.
+branches and `shard_map`. So every program that uses a layer gets its probe as further inputs. A
+mark that is given it becomes a tap, and a product gets a tap on its output.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
+from adafisher_jax.capture.lineage import Place, Slice, bodies
+from adafisher_jax.capture.pieces import Axes, repeated
+from adafisher_jax.capture.products import Linear
 from adafisher_jax.factors import Factor
-from adafisher_jax.lineage import Place, Slice, bodies
-from adafisher_jax.tap import Statistic
+from adafisher_jax.tap import Statistic, tap
 
 ENTERED = frozenset("jit closed_call checkpoint remat remat2 cond scan shard_map".split())
 """The primitives whose programs can be given further inputs."""
@@ -38,17 +41,19 @@ class Carrier(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What makes a tap of a mark.
+    """What makes a tap of a mark, or puts one on a product.
 
     Attributes:
       carrier: whose probe it is.
-      parameter: which of the mark's parameters that is.
-      axes: for each axis of that parameter, as the mark has it, the source's axis it is, if any.
+      axes: those of that parameter, as the mark or the product has it.
+      parameter: of a mark: which of its parameters that is.
+      linear: of a product: how it multiplies.
     """
 
     carrier: Carrier
-    parameter: int
-    axes: tuple[int | None, ...]
+    axes: Axes
+    parameter: int = 0
+    linear: Linear | None = None
 
 
 def insert_probes(
@@ -61,8 +66,8 @@ def insert_probes(
     """The program as a function of its inputs and of probes.
 
     Args:
-      program: a traced program with marks.
-      completions: what makes a tap of each mark, by its place; the other marks stay as they are.
+      program: a traced program.
+      completions: how statistics are taken, by place; other marks stay as they are.
       probes: zeros beside parameters, by the parameters' positions.
       statistic: of a mark's statistic, the one its tap is to have.
       conditional: whether a probe may tell its taps, by `rows` that are not zero, to find none.
@@ -106,16 +111,27 @@ class _Threading:
         for index, eqn in enumerate(jaxpr.eqns):
             here = (*place, (index, 0))
             if here in self.completions:
-                own = {
-                    "statistic": self.statistic(eqn.params["statistic"]),
-                    "conditional": self.conditional,
-                }
-                eqns += _completed(eqn, self.completions[here], shadows, own)
+                eqns += self._tapped(eqn, self.completions[here], shadows)
             elif carriers := self.needed.get((place, index)):
                 eqns += self._entered(eqn, here, sorted(carriers), shadows)
             else:
                 eqns.append(eqn)
         return jaxpr.replace(invars=[*jaxpr.invars, *_flat(shadows.values())], eqns=eqns)
+
+    def _tapped(
+        self, eqn: core.JaxprEqn, completion: Completion, shadows: Mapping[Carrier, Vars]
+    ) -> list[core.JaxprEqn]:
+        """The tap, and before it what gives the probe the form of the parameter."""
+        probe, moves = _formed(shadows[completion.carrier], completion)
+        if completion.linear is not None:
+            product, tap = _on_output(eqn, completion.linear, probe)
+        else:
+            product, tap = [], _completed(eqn, completion, probe)
+        own = {
+            "statistic": self.statistic(tap.params["statistic"]),
+            "conditional": self.conditional,
+        }
+        return [*product, *moves, tap.replace(params={**tap.params, **own})]
 
     def _entered(
         self,
@@ -160,27 +176,35 @@ class _Threading:
         return [*moves, eqn.replace(invars=operands, params=_with_bodies(params, programs))]
 
 
-def _completed(
-    eqn: core.JaxprEqn,
-    completion: Completion,
-    shadows: Mapping[Carrier, Vars],
-    own: Mapping[str, Any],
-) -> list[core.JaxprEqn]:
-    """The tap, and before it what gives the probe the order of the parameter's axes."""
-    carrier, parameter, axes = completion
-    known = [axis for axis in axes if axis is not None]
-    probe, moves = _transposed(shadows[carrier], [sorted(known).index(axis) for axis in known])
-    before = 2 + eqn.params["parameters"]  # what follows is the spent probe of a capture inside
+def _on_output(
+    eqn: core.JaxprEqn, linear: Linear, probe: Vars
+) -> tuple[list[core.JaxprEqn], core.JaxprEqn]:
+    """A product, and a tap on its output."""
+    (out,) = eqn.outvars
+    y, x = core.Var(out.aval), [eqn.invars[i] for i in linear.data]
+    zeros = Factor(*(var.aval for var in probe))
+    of_types = jax.make_jaxpr(functools.partial(tap, linear.statistic))
+    (bare,) = of_types(tuple(v.aval for v in x), y.aval, zeros).eqns
+    return [eqn.replace(outvars=[y])], bare.replace(invars=[y, *x, *probe], outvars=[out])
+
+
+def _completed(eqn: core.JaxprEqn, completion: Completion, probe: Vars) -> core.JaxprEqn:
+    """The tap that a mark becomes."""
+    _, axes, parameter, _ = completion
+    inputs = 1 + eqn.params["inputs"]
+    before = (
+        inputs + eqn.params["parameters"]
+    )  # what follows is the spent probe of a capture inside
     levels = []
     for level in reversed(eqn.params["levels"]):  # outermost first, as the axes go
-        dim, taken = level[2 + parameter], None
+        dim, taken = level[inputs + parameter], None
         if dim is not None:
-            if axes[dim] is not None:
-                taken = sum(axis is not None for axis in axes[:dim])
+            if not repeated(axes[dim]):
+                taken = sum(not repeated(axis) for axis in axes[:dim])
             axes = axes[:dim] + axes[dim + 1 :]
         levels.append((*level[:before], *(taken,) * _PARTS))
-    params = {**eqn.params, **own, "levels": tuple(reversed(levels))}
-    return [*moves, eqn.replace(invars=[*eqn.invars[:before], *probe], params=params)]
+    params = {**eqn.params, "levels": tuple(reversed(levels))}
+    return eqn.replace(invars=[*eqn.invars[:before], *probe], params=params)
 
 
 _PARTS = len(Factor._fields)
@@ -197,14 +221,43 @@ def _rank(probe: Vars) -> int:
 
 def _transposed(probe: Vars, order: list[int]) -> tuple[Vars, list[core.JaxprEqn]]:
     """The parts of a probe with their axes in another order, and the equations for that."""
-    if order == sorted(order):
-        return probe, []
-    permuted = jax.make_jaxpr(lambda *parts: [jax.lax.transpose(x, order) for x in parts])
-    eqns = [
-        eqn.replace(invars=[var])
-        for eqn, var in zip(permuted(*[var.aval for var in probe]).eqns, probe, strict=True)
-    ]
-    return [eqn.outvars[0] for eqn in eqns], eqns
+    return _applied(lambda part: jax.lax.transpose(part, order), probe)
+
+
+def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprEqn]]:
+    """The parts of a probe with the axes of a parameter, but those along which it is repeated."""
+    carrier, axes = completion.carrier, [a for a in completion.axes if not repeated(a)]
+    gone = {s.axis for s in carrier.sliced}
+    known = [i for i in range(_rank(probe) + len(gone)) if i not in gone]
+    pieces = sorted((p for axis in axes for p in axis), key=lambda p: (p.axis, -p.inner))
+
+    def formed(part: jax.Array) -> jax.Array:
+        sizes = dict(zip(known, part.shape, strict=True))
+        if len({p.axis for p in pieces}) == len(pieces):  # an axis of a norm's pair is of size two
+            size = {p: sizes[p.axis] for p in pieces}  # type: ignore[index]
+        else:
+            size = {p: 1 if sizes[p.axis] == 1 else p.size for p in pieces}  # type: ignore[index]
+        part = jax.lax.reshape(part, [size[p] for p in pieces])
+        part = jax.lax.transpose(part, [pieces.index(p) for axis in axes for p in axis])
+        return jax.lax.reshape(part, [math.prod(size[p] for p in axis) for axis in axes])
+
+    return _applied(formed, probe)
+
+
+def _applied(
+    function: Callable[[jax.Array], jax.Array], probe: Vars
+) -> tuple[Vars, list[core.JaxprEqn]]:
+    """What a function makes of each part of a probe, and its equations."""
+    found, eqns = [], []
+    for var in probe:
+        program = jax.make_jaxpr(function)(var.aval).jaxpr
+        new = {program.invars[0]: var}
+        for eqn in program.eqns:
+            new |= {out: core.Var(out.aval) for out in eqn.outvars}
+            invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))  # type: ignore[arg-type]
+            eqns.append(eqn.replace(invars=invars, outvars=outvars))
+        found.append(new[program.outvars[0]])  # type: ignore[index]
+    return found, eqns
 
 
 def _slices(avals: Sequence[Any]) -> list[Any]:

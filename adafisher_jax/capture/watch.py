@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from adafisher_jax import linen_layers, nnx_layers
+from adafisher_jax.capture import linen_layers, nnx_layers
 
 _watching = contextvars.ContextVar("adafisher_watching", default=False)
 

@@ -15,9 +15,9 @@ import opt_einsum
 from flax.linen.linear import canonicalize_padding
 
 from adafisher_jax import statistics
+from adafisher_jax.capture.lineage import COMPLEX
 from adafisher_jax.statistics import Window
-from adafisher_jax.tap import mark
-from adafisher_jax.uses import Use
+from adafisher_jax.tap import Use, mark
 
 
 class Reading(NamedTuple):
@@ -57,10 +57,21 @@ def marked(found: Reading, y: Any, held: Mapping[str, jax.Array]) -> Any:
         found.statistic.weight_axes,
         found.statistic.bias_axes,
         found.groups,
-        "complex, for which the factors are not defined" if jnp.iscomplexobj(y) else "",
+        COMPLEX if jnp.iscomplexobj(y) else "",
     )
     parameters = [held[name] for name in (weight, bias) if name]
     return mark(found.statistic, found.x, y, parameters, use) if parameters else y
+
+
+def as_declared(module: Any) -> bool:
+    """Whether a layer multiplies by Flax's own operations, none that was injected."""
+    injected = (
+        getattr(module, name, None)
+        for name in "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls "
+        "promote_dtype".split()
+    )
+    homes = (getattr(one, "__module__", None) or type(one).__module__ for one in injected if one)
+    return all(home.startswith(("flax.", "jax.")) for home in homes)
 
 
 OnCall = Callable[[Reading, Any], Any]
@@ -179,13 +190,18 @@ def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
             case _:
                 low = int(padding[axis][0])
         windows.append(Window(k, n, m, 1, low, stride, dilation, flip=module.transpose_kernel))
-    statistic = statistics.Convolution(tuple(windows), transposed=module.transpose_kernel)
+    statistic: Any = statistics.Convolution(tuple(windows))
+    if module.transpose_kernel:  # then it is (*window, out, in)
+        order = (*range(rank), rank + 1, rank)
+        statistic = statistics.Rearranged(statistic, None, order, None)
     return Reading("conv", statistic, x)
 
 
 def lookup(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
     """An `Embed`."""
-    return Reading("embedding", statistics.Lookup(module.num_embeddings), x, "embedding", "")
+    return Reading(
+        "embedding", statistics.lookup(x.ndim, module.num_embeddings), x, "embedding", ""
+    )
 
 
 def attend(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adafisher_jax import readings, statistics
-from adafisher_jax.readings import OnCall, Read, Reader, Reading
+from adafisher_jax import statistics
+from adafisher_jax.capture import readings
+from adafisher_jax.capture.lineage import MARKED
+from adafisher_jax.capture.readings import OnCall, Read, Reader, Reading
 
 
 def _linear_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading | None:
@@ -60,10 +62,11 @@ class _Methods:
     def _reporting(self, original: Callable[..., Any], reader: Reader) -> Callable[..., Any]:
         @functools.wraps(original)
         def method(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-            if not getattr(self._local, "watching", False):
+            if not getattr(self._local, "watching", False) or not readings.as_declared(module):
                 return original(module, *args, **kwargs)
             run = functools.partial(original, module)
-            return reader(module, run, args, kwargs, functools.partial(_marked, module))
+            with jax.named_scope(MARKED):
+                return reader(module, run, args, kwargs, functools.partial(_marked, module))
 
         return method
 

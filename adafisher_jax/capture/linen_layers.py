@@ -10,8 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from adafisher_jax import readings, statistics
-from adafisher_jax.readings import OnCall, Read, Reader, Reading
+from adafisher_jax import statistics
+from adafisher_jax.capture import readings
+from adafisher_jax.capture.lineage import MARKED
+from adafisher_jax.capture.readings import OnCall, Read, Reader, Reading
 
 
 def _dense_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
@@ -79,10 +81,17 @@ def marking() -> contextlib.AbstractContextManager[None]:
     return nn.intercept_methods(_intercept)
 
 
+def _as_declared(module: Any, run: Any) -> bool:
+    """Whether a call computes what the layer says, without an interceptor or changed parameters."""
+    own_method = isinstance(run, functools.partial)
+    own_parameters = type(module).param is nn.Module.param
+    return own_method and own_parameters and readings.as_declared(module)
+
+
 def _intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
     scope = context.module.scope
     reader = READERS.get(context.orig_method.func)
-    if reader is None or scope is None:
+    if reader is None or scope is None or not _as_declared(context.module, run):
         return run(*args, **kwargs)
 
     def on_call(found: Reading, y: Any) -> Any:
@@ -94,4 +103,5 @@ def _intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         unboxed = {name: jax.tree.leaves(held[name])[0] for name in names}
         return readings.marked(found, y, unboxed)
 
-    return reader(context.module, run, args, kwargs, on_call)
+    with jax.named_scope(MARKED):
+        return reader(context.module, run, args, kwargs, on_call)

@@ -1,0 +1,12 @@
+"""Capturing a loss: the layout of its layers, and its gradients together with their factors."""
+
+from adafisher_jax.capture.gradient import (
+    DIAGONAL,
+    Form,
+    check_layout,
+    condition,
+    trace_layout,
+    value_and_grad,
+)
+
+__all__ = ["DIAGONAL", "Form", "check_layout", "condition", "trace_layout", "value_and_grad"]

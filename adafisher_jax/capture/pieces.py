@@ -1,0 +1,120 @@
+"""Which part of which axis: how an array's axes follow from those of the array it came from.
+
+A reshape splits and merges axes. An axis of an array is therefore written as its *pieces*, each a
+run of the digits of a source axis's index:
+
+| an array made of a source (8, 6) | its axes |
+| --- | --- |
+| as it is | `((Piece(0, 1, 8),), (Piece(1, 1, 6),))` |
+| transposed | `((Piece(1, 1, 6),), (Piece(0, 1, 8),))` |
+| reshaped to (8, 2, 3) | `((Piece(0, 1, 8),), (Piece(1, 3, 2),), (Piece(1, 1, 3),))` |
+| reshaped to (48,) | `((Piece(0, 1, 8), Piece(1, 1, 6)),)` |
+| broadcast to (5, 8, 6) | `((Piece(None, 1, 5),), (Piece(0, 1, 8),), (Piece(1, 1, 6),))` |
+| with an axis of size one before | `((), (Piece(0, 1, 8),), (Piece(1, 1, 6),))` |
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A part of a source axis: the digit `index // inner % size` of its index.
+
+    Attributes:
+      axis: of the source; None for copies along an axis that the source does not have.
+      inner: how far apart its entries are along that axis.
+      size: how many there are.
+    """
+
+    axis: int | None
+    inner: int
+    size: int
+
+
+Axis = tuple[Piece, ...]
+Axes = tuple[Axis, ...]
+
+
+def whole(shape: Sequence[int]) -> Axes:
+    """The axes of a source itself."""
+    return tuple((Piece(i, 1, n),) for i, n in enumerate(shape))
+
+
+def repeated(axis: Axis) -> bool:
+    """Whether an array holds copies along an axis."""
+    return any(piece.axis is None for piece in axis)
+
+
+def broadcast(axes: Axes, shape: Sequence[int], kept: Sequence[int]) -> Axes:
+    """After a broadcast to `shape` in which the old axes are those `kept`."""
+    old = dict(zip(kept, axes, strict=True))
+    return tuple(_copies(n) if i not in old else old[i] or _copies(n) for i, n in enumerate(shape))
+
+
+def _copies(size: int) -> Axis:
+    return () if size == 1 else (Piece(None, 1, size),)
+
+
+def reshape(axes: Axes, shape: Sequence[int]) -> Axes | None:
+    """After a reshape; None where an axis would be no product of pieces.
+
+    Example:
+      >>> reshape(whole((8, 6)), (4, 2, 6))
+      ((Piece(axis=0, inner=2, size=4),), (Piece(axis=0, inner=1, size=2),),
+       (Piece(axis=1, inner=1, size=6),))
+    """
+    left = [piece for axis in axes for piece in axis]
+    found = []
+    for size in shape:
+        taken: list[Piece] = []
+        have = 1
+        while left and (have < size or (size == 1 and not taken and left[0].size == 1)):
+            piece, missing = left.pop(0), size // have
+            if piece.size > missing:
+                if piece.size % missing:
+                    return None
+                rest = piece.size // missing
+                left.insert(0, piece._replace(size=rest))
+                piece = piece._replace(inner=piece.inner * rest, size=missing)
+            taken.append(piece)
+            have *= piece.size
+        if have != size:
+            return None
+        found.append(_joined(p for p in taken if p.size > 1 or size == 1))
+    return tuple(found)
+
+
+def _joined(taken: Iterable[Piece]) -> Axis:
+    """Pieces in a row, neighbours of one axis as one."""
+    joined: list[Piece] = []
+    for piece in taken:
+        last = joined[-1] if joined else None
+        if last and last.axis == piece.axis and last.inner == piece.inner * piece.size:
+            piece = Piece(piece.axis, piece.inner, last.size * piece.size)
+            joined.pop()
+        joined.append(piece)
+    return tuple(joined)
+
+
+def within(outer: Axes, axis: Axis) -> Axis | None:
+    """Pieces of an array's axes as pieces of its source, where they can be told.
+
+    Example:
+      >>> within(reshape(whole((8, 6)), (48,)), (Piece(0, 1, 48),))
+      (Piece(axis=0, inner=1, size=8), Piece(axis=1, inner=1, size=6))
+      >>> within(whole((8, 6)), (Piece(1, 3, 2),))
+      (Piece(axis=1, inner=3, size=2),)
+    """
+    found: list[Piece] = []
+    for piece in axis:
+        if piece.axis is None:
+            return None
+        source = outer[piece.axis]
+        size = 1
+        for one in source:
+            size *= one.size
+        split = reshape((source,), (size // (piece.size * piece.inner), piece.size, piece.inner))
+        if split is None:
+            return None
+        found += split[1]
+    return _joined(found)

@@ -1,0 +1,362 @@
+"""Which layers a loss uses, and with which of its parameters.
+
+Marks and products, found in the traced program, are matched with the leaves of the loss's first
+argument. That gives the `Layout`, and says where in the program a layer's statistics are taken.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from adafisher_jax.capture.lineage import (
+    COMPLEX,
+    REARRANGED,
+    RECOMPUTED,
+    Found,
+    Mark,
+    Origin,
+    Place,
+    Product,
+    Refusal,
+)
+from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
+from adafisher_jax.factors import Axes
+from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, path_of
+from adafisher_jax.statistics import numbered
+
+
+class Uses(NamedTuple):
+    """What a traced loss tells.
+
+    Attributes:
+      layout: its layers.
+      sources: the position of the parameter beside which each layer's probe goes, by the path of
+        that parameter.
+      completions: by their places, where statistics are taken.
+      refused: by their paths, the parameters met in uses that cannot be captured, and why.
+    """
+
+    layout: Layout
+    sources: dict[str, int]
+    completions: dict[Place, Completion]
+    refused: dict[str, str]
+
+
+def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]]) -> Uses:
+    """Matches what uses parameters with the parameters.
+
+    Args:
+      found: in a traced loss.
+      reached: the places whose outputs have a part in the loss.
+      named: the leaves of its first argument, with their pytree paths.
+
+    Raises:
+      ValueError: if there is no use at all, or if layers of two kinds share a parameter.
+    """
+    reader = _Reader(named)
+    for use in found:
+        match use:
+            case Refusal():
+                reader.reasons.setdefault(use.source, use.why)
+            case Mark():
+                reader.add_mark(use, use.place in reached)
+            case Product():
+                reader.add_product(use, use.place in reached)
+    if not found:
+        raise ValueError(
+            "the capture met no layer: the loss calls no Flax layer and multiplies none of its "
+            "parameters by data"
+        )
+    return reader.finish()
+
+
+class _Parameter(NamedTuple):
+    """A layer's parameter, found among the leaves of the loss's first argument."""
+
+    position: int
+    leaf: Leaf
+    layer_path: str
+    origin: Origin
+    problem: str
+
+
+class _Found(NamedTuple):
+    """One use of a weight.
+
+    Attributes:
+      layer: what it is a use of.
+      origin: of the weight.
+      mark: whether a mark tells of it.
+      derived: see `Product`.
+      ends: whether a gradient comes out of the loops around it.
+    """
+
+    layer: Layer
+    origin: Origin
+    place: Place
+    completion: Completion
+    mark: bool
+    derived: bool
+    ends: bool
+
+
+class _Reader:
+    """Collects the uses of each weight and decides which layers are covered."""
+
+    def __init__(self, named: Sequence[tuple[Any, Any]]):
+        self.named = named
+        self.found: dict[int, list[_Found]] = {}
+        self.unused: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}  # why a use of a parameter is none of a layer
+        self.problems: dict[int, str] = {}  # those that no other use outweighs
+
+    def add_mark(self, mark: Mark, reached: bool) -> None:
+        """Notes one call of a known layer."""
+        use = mark.use
+        roles = [
+            (name, axes)
+            for name, axes in ((use.weight, use.weight_axes), (use.bias, use.bias_axes))
+            if name is not None
+        ]
+        parameters = {
+            name: parameter
+            for (name, axes), origin in zip(roles, mark.origins, strict=True)
+            if (parameter := self._named(mark, name, axes, origin))
+        }
+        positions = [p.position for p in parameters.values()]
+        if not reached:
+            for position in positions:
+                self.unused[position] = "the output of its layer has no part in the loss"
+            return
+        problems = [p.problem for p in parameters.values() if p.problem]
+        if len({_loops(p.origin) for p in parameters.values()}) > 1:
+            problems.append("stacked unlike the layer's other parameter")
+        if problems:
+            self.problems.update(dict.fromkeys(positions, problems[0]))
+        elif main := parameters.get(use.weight or use.bias or ""):
+            weight, bias = (parameters.get(name or "") for name in (use.weight, use.bias))
+            layer = Layer(
+                main.layer_path, use.kind, weight and weight.leaf, bias and bias.leaf, use.groups
+            )
+            i = mark.origins.index(main.origin)
+            carrier = _carrier(main.origin, mark.place)
+            completion = Completion(carrier, mark.axes[i], parameter=i)
+            ends = "while" not in mark.inside
+            self._add(main, _Found(layer, main.origin, mark.place, completion, True, False, ends))
+        else:
+            for bias in parameters.values():
+                self.problems[bias.position] = "the weight of its layer is no parameter as it is"
+
+    def add_product(self, product: Product, reached: bool) -> None:
+        """Notes one product of a parameter with data."""
+        linear, origin = product.linear, product.weight
+        assert isinstance(origin.source, int)
+        if not reached or (origin.frozen and origin.mixed):
+            return
+        keys, array = self.named[origin.source]
+        problem = _closed(product.inside)
+        if origin.repeated:
+            problem = problem or "repeated before its layer uses it"
+        if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
+            problem = problem or COMPLEX
+        axes = (
+            () if problem else _source_axes(linear.statistic.weight_axes, origin, len(array.shape))
+        )
+        if axes is None:
+            problem = "an axis of it is both of inputs and of outputs"
+        if problem or axes is None:
+            self.reasons.setdefault(origin.source, problem)
+            return
+        parts = [part for key in keys if (part := path_of((key,)))]
+        leaf = Leaf(path_of(keys), jnp.shape(array), axes)
+        weight = _Parameter(origin.source, leaf, "/".join(parts[:-1]), origin, "")
+        layer = Layer(
+            weight.layer_path, linear.kind, leaf, self._bias(product, leaf), linear.groups
+        )
+        completion = Completion(_carrier(origin, product.place), origin.axes, linear=linear)
+        ends = "while" not in product.inside
+        self._add(
+            weight, _Found(layer, origin, product.place, completion, False, product.derived, ends)
+        )
+
+    def _bias(self, product: Product, weight: Leaf) -> Leaf | None:
+        """The bias of a product, if each of its axes is one of the weight's."""
+        if product.bias is None:
+            return None
+        assert isinstance(product.bias.source, int)
+        keys, array = self.named[product.bias.source]
+        names = {mine: weight.axes[its] for mine, its in product.bias_axes}
+        names |= {s.axis: f"stack{i}" for i, s in enumerate(product.bias.sliced)}
+        wanted = [name for name in weight.axes if not name.startswith("in")]
+        left = iter([name for name in wanted if name not in names.values()])  # of size one
+        axes = tuple(names[i] if i in names else next(left, "") for i in range(array.ndim))
+        sizes = dict(zip(weight.axes, weight.shape, strict=True))
+        found = zip(axes, array.shape, strict=True)
+        if set(axes) != set(wanted) or any(sizes[axis] != n for axis, n in found):
+            return None
+        return Leaf(path_of(keys), jnp.shape(array), axes)
+
+    def _add(self, main: _Parameter, found: _Found) -> None:
+        self.found.setdefault(main.position, []).append(found)
+
+    def _named(self, mark: Mark, name: str, axes: Axes, origin: Origin | None) -> _Parameter | None:
+        """The parameter that a mark calls `name`; None if it is none of ours."""
+        if origin is None or not isinstance(origin.source, int):
+            return None
+        if origin.frozen and (origin.mixed or origin.lost):
+            return None  # an averaged teacher, say: no gradient reaches the parameter
+        keys, array = self.named[origin.source]
+        problem = mark.use.problem or origin.lost or _closed(mark.inside)
+        if not problem and origin.repeated:
+            problem = "repeated before its layer uses it"
+        own = () if problem else _named_axes(axes, origin, array.ndim)
+        if own is None:
+            problem = REARRANGED
+        leaf = Leaf(path_of(keys), jnp.shape(array), own or ())
+        parts = tuple(path_of((key,)) for key in keys)
+        return _Parameter(origin.source, leaf, "/".join(_holder(parts, name)), origin, problem)
+
+    def finish(self) -> Uses:
+        """The layout of all that was added, and where to take statistics."""
+        covered: dict[int, Layer] = {}
+        completions: dict[Place, Completion] = {}
+        chosen = {
+            position: _describing(found)
+            for position, found in self.found.items()
+            if position not in self.problems
+        }
+        owners: dict[str, set[int]] = {}
+        for position, found in chosen.items():
+            for leaf in {leaf for f in found for leaf in f.layer.leaves}:
+                owners.setdefault(leaf.path, set()).add(position)
+        for position, found in chosen.items():
+            layers = {f.layer for f in found}
+            if len(layers) > 1:
+                self._refuse(found, "used by several layers that differ in their bias or axes")
+                continue
+            (layer,) = layers
+            if any(owners[leaf.path] != {position} for leaf in layer.leaves):
+                self._refuse(found, "shares its bias with another layer")
+                continue
+            covered[position] = layer
+            # Behind stop_gradient a layer counts only where it is not used live too, and nothing
+            # is captured in a loop that cannot be differentiated backwards.
+            live = [f for f in found if not f.origin.frozen] or found
+            completions |= {f.place: f.completion for f in live if f.ends}
+        holders = collections.Counter(layer.path for layer in covered.values())
+        for position, layer in covered.items():
+            if holders[layer.path] > 1:  # several layers in one module: each by its own weight
+                covered[position] = dataclasses.replace(layer, path=layer.leaves[0].path)
+        layers = {layer.path: layer for layer in covered.values()}
+        sources = {layer.leaves[0].path: position for position, layer in covered.items()}
+        inside = {leaf.path for layer in layers.values() for leaf in layer.leaves}
+        refused = self.reasons | self.problems
+        reasons = self.unused | refused
+        outside = {
+            path: (position, Leaf(path, jnp.shape(array)))
+            for position, (keys, array) in enumerate(self.named)
+            if (path := path_of(keys)) not in inside
+        }
+        uncovered = tuple(
+            Uncovered(leaf, reasons.get(position, "no layer of a known kind uses it as it is"))
+            for position, leaf in outside.values()
+        )
+        layout = Layout(tuple(layers[path] for path in sorted(layers)), uncovered)
+        met = {path: refused[i] for path, (i, _) in outside.items() if i in refused}
+        return Uses(layout, sources, completions, met)
+
+    def _refuse(self, found: list[_Found], why: str) -> None:
+        paths = {leaf.path for f in found for leaf in f.layer.leaves}
+        for position, (keys, _) in enumerate(self.named):
+            if path_of(keys) in paths:
+                self.problems[position] = why
+
+
+def _closed(inside: tuple[str, ...]) -> str:
+    """Why no probe gets to a use within some primitives; loops without end need none."""
+    for name in inside:
+        if name == RECOMPUTED:  # one call is two, and each has a share of its cotangent
+            return "computed again by jax.checkpoint for a gradient inside the loss"
+        if name.startswith("custom_"):
+            return "used inside a function with its own derivative rule"
+        if name not in ENTERED and name != "while":
+            return f"used inside {name}, which takes no probe"
+    return ""
+
+
+def _describing(found: list[_Found]) -> list[_Found]:
+    """The uses that describe a weight."""
+    found = [f for f in found if not f.derived] or found
+    # Of an embedding that is looked up, its lookups.
+    lookups = [f for f in found if f.layer.kind == "embedding"]
+    if lookups and all(f in lookups or _attends(f.layer) for f in found):
+        found = lookups
+    kinds = {f.layer.kind for f in found if f.mark}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the parameter {found[0].layer.leaves[0].path!r} is used by layers of different "
+            f"kinds, {' and '.join(sorted(kinds))}: one Fisher block cannot describe both"
+        )
+    # A product written beside a layer is one more use of it.
+    named = next((f.layer for f in found if f.mark), found[0].layer)
+    with_bias = next((f.layer for f in found if f.layer.bias), named)
+
+    def like(layer: Layer) -> Layer:
+        same = layer.weight == named.weight and layer.kind == named.kind
+        free = layer.bias is None
+        return dataclasses.replace(named, bias=with_bias.bias) if same and free else layer
+
+    return [f if f.mark else f._replace(layer=like(f.layer)) for f in found]
+
+
+def _attends(layer: Layer) -> bool:
+    """Whether a layer multiplies by the transpose of its weight: `Embed.attend`, or by hand."""
+    return layer.kind == "attend" or (layer.kind == "dense" and layer.axes == ("out0", "in0"))
+
+
+def _loops(origin: Origin) -> tuple[Place, ...]:
+    return tuple(s.loop for s in origin.sliced)
+
+
+def _carrier(origin: Origin, place: Place) -> Carrier:
+    """The probe of the parameter with `origin`, as it is at a place."""
+    assert isinstance(origin.source, int)
+    return Carrier(origin.source, origin.sliced).within(len(place) - 1)
+
+
+def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
+    """Names a whole parameter's axes, given those of the array that a layer sees.
+
+    None if a part of one axis is of inputs and another part of outputs.
+    """
+    if all(len(axis) == 1 and axis[0].inner == 1 for axis in origin.axes):
+        names = {axis[0].axis: name for axis, name in zip(origin.axes, inner, strict=True)}
+        names |= {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
+        if len(names) == rank == len(origin.axes) + len(origin.sliced):
+            return tuple(names[axis] for axis in range(rank))
+    return _source_axes(inner, origin, rank)
+
+
+def _source_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
+    """The same where axes were split or merged, numbered anew."""
+    roles: dict[int, set[str]] = {i: set() for i in range(rank)}
+    for axis, name in zip(origin.axes, inner, strict=True):
+        for piece in axis:
+            if piece.axis is not None:
+                roles[piece.axis].add(name.rstrip("0123456789"))
+    for s in origin.sliced:
+        roles[s.axis] = {"stack"}
+    if any(len(found) > 1 for found in roles.values()):
+        return None
+    # An axis of size one that a reshape took away is of outputs as well as of anything.
+    found = numbered([next(iter(roles[i]), "out") for i in range(rank)])
+    stacks = {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
+    return tuple(stacks.get(i, name) for i, name in enumerate(found))
+
+
+def _holder(path: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """The path of the mapping or module that holds `name`, given the path of its array."""
+    return path[: -1 - path[::-1].index(name)] if name in path else path[:-1]

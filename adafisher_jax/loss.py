@@ -1,0 +1,63 @@
+"""The loss that a user hands over: what it is, what it returns, and where it can be traced."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax import nnx
+
+
+def check_loss(loss_fn: Any) -> None:
+    """Raises TypeError for what is no function, as a module."""
+    if isinstance(loss_fn, nn.Module | nnx.Module) or not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn: got {type(loss_fn).__name__}, wanted a function that calls the model and "
+            "returns a scalar, as lambda params, x: jnp.mean(model.apply(params, x) ** 2)"
+        )
+
+
+def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """A loss whose errors say what is to be done about them.
+
+    Raises:
+      TypeError: from the returned function, with `has_aux`, for what is no pair of a scalar and
+        something else.
+      ValueError: likewise, for the name of a mapped axis that is not there.
+    """
+
+    @functools.wraps(loss_fn)
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = loss_fn(*args, **kwargs)
+        except NameError as error:
+            found = re.search(r"unbound axis name:? ?(\w*)", str(error))
+            if not found:
+                raise
+            raise ValueError(
+                f"the loss names a mapped axis {found[1]!r}, as nn.BatchNorm(axis_name=...) does, "
+                "which is not there. Trace the layout as adafisher_jax.trace_layout(jax.vmap("
+                f"loss_fn, (None, 0), axis_name={found[1]!r}), params, x[None]), and call the "
+                "gradient function inside the shard_map or pmap of that name"
+            ) from error
+        if has_aux:
+            _check_pair(result)
+        return result
+
+    return loss
+
+
+def _check_pair(result: Any) -> None:
+    """Raises TypeError for what is not `(scalar, aux)`."""
+    pair = isinstance(result, tuple) and len(result) == 2
+    value = result[0] if isinstance(result, tuple) and pair else result
+    if not pair or np.shape(value) != ():
+        got = (
+            f"an array of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
+        )
+        raise TypeError(
+            f"loss_fn: it returns {'a pair of which the first is ' if pair else ''}{got}, with "
+            "has_aux=True wanted is a pair (scalar, aux)"
+        )

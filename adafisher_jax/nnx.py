@@ -128,8 +128,8 @@ def value_and_grad(
             params, rest = _parts(model, wrt)
             if not jax.tree.leaves(params):
                 raise ValueError(
-                    f"the model has none of the layout's parameters, {', '.join(sorted(listed))}: "
-                    "it was traced from another model"
+                    f"the model has no parameter of the layout, as {min(listed, default='')!r}: "
+                    "the layout was traced from another model"
                 )
 
             def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:

@@ -180,7 +180,10 @@ REFUSED = {
         (TypeError, "model: got State, wanted an nnx.Module"),
     ),
     "no layout": (lambda: step_with({}), (TypeError, "layout: got dict, wanted a Layout")),
-    "another model's layout": (lambda: step_with(another_layout()), (ValueError, "one/kernel")),
+    "another model's layout": (
+        lambda: step_with(another_layout()),
+        (ValueError, "as 'one/bias'.*another model"),
+    ),
     "a wider model's layout": (lambda: step_with(wider()), (ValueError, "up/")),
     "an integer": (
         lambda: af.nnx.trace_layout(loss_of, Integer(nnx.Rngs(0)), inputs_of(X)),

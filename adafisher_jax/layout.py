@@ -228,10 +228,13 @@ class Layout:
     Attributes:
       layers: those under a Fisher block, sorted by path.
       uncovered: the other parameters.
+      left_out: the paths of those that a filter left out, as of an NNX model that is trained in
+        part.
     """
 
     layers: tuple[Layer, ...]
     uncovered: tuple[Uncovered, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:

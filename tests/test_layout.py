@@ -115,6 +115,16 @@ def test_two_traces_of_one_model_are_equal():
     assert len({again, layout()}) == 1
 
 
+def test_layers_may_be_left_out():
+    """Their parameters are known, and uncovered."""
+    some = layout().only(["conv", "norm"])
+    assert [layer.path for layer in some.layers] == ["conv", "norm"]
+    assert {leaf.path for leaf in some.leaves} == {leaf.path for leaf in layout().leaves}
+    assert "embed/embedding      -      -    9×4  -        no: left out" in str(some)
+    some.check_params({leaf.path: np.zeros(leaf.shape) for leaf in layout().leaves})
+    assert layout().only(layer.path for layer in layout().layers) == layout()
+
+
 def without_the_first_layer(full, reason):
     first, *others = full.layers
     rows = (af.Uncovered(af.Leaf(leaf.path, leaf.shape), reason) for leaf in first.leaves)

@@ -262,7 +262,7 @@ class Layout:
         Raises:
           ValueError: if the layout does not know one, or one in a layer has another shape.
         """
-        known = {leaf.path: leaf for leaf in self.leaves}
+        known = {leaf.path for leaf in self.leaves}
         unknown = [path for path in leaves if path not in known]
         if unknown:
             raise ValueError(

@@ -263,7 +263,7 @@ def test_a_weight_whose_bias_is_masked_is_stepped_and_reported_without_it():
 
 def test_injected_hyperparameters_are_handed_on():
     tx = optax.inject_hyperparams(af.adafisher)(
-        learning_rate=lambda count: 0.5 / (1 + count), damping=0.02, layout=LAYOUT
+        learning_rate=lambda count: 0.5 / (1 + count), damping=0.02, layout=LAYOUT, rule="paper"
     )
     updates, state = stepped(tx)
     values = state.hyperparams

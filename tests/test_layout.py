@@ -115,6 +115,17 @@ def test_two_traces_of_one_model_are_equal():
     assert len({again, layout()}) == 1
 
 
+def test_layers_may_be_left_out():
+    """Their parameters are known, and uncovered."""
+    some = layout().only(["conv", "norm"])
+    assert [layer.path for layer in some.layers] == ["conv", "norm"]
+    assert {leaf.path for leaf in some.leaves} == {leaf.path for leaf in layout().leaves}
+    (row,) = (line for line in str(some).splitlines() if line.startswith("embed/embedding"))
+    assert row.split() == ["embed/embedding", "-", "-", "9×4", "-", "no:", "left", "out"]
+    assert af.adafisher(3e-2, some, rule="centered").init(PARAMS)
+    assert layout().only(layer.path for layer in layout().layers) == layout()
+
+
 def without_the_first_layer(full, reason):
     first, *others = full.layers
     rows = (af.Uncovered(af.Leaf(leaf.path, leaf.shape), reason) for leaf in first.leaves)

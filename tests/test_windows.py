@@ -54,11 +54,10 @@ def test_sums_are_the_product_with_the_counts():
         np.testing.assert_array_equal(found, expected, str(window))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_long_kernel_has_the_statistics_of_a_short_one(transposed, monkeypatch, x64):
+def test_a_long_kernel_has_the_statistics_of_a_short_one(monkeypatch, x64):
     """The counts are a matrix where that is small; without one it is the same."""
     windows = (Window(3, 7, 7, low=1), Window(5, 12, 6, 2, low=1, margin=(2, 1), mode="wrap"))
-    statistic = Convolution(windows, groups=2, transposed=transposed)
+    statistic = Convolution(windows, groups=2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 12, 4)))
     expected = statistic.of_inputs(x)
     monkeypatch.setattr(statistics, "ENTRIES", 0)

@@ -140,6 +140,7 @@ def probes_of(layout: Layout, first: Any, form: Form = DIAGONAL) -> dict[str, Fa
     `rows` has the weight's rank too, to be sliced with it.
     """
     leaves, _ = by_path(first)
+    layout.check_params(leaves)
     zeros = {layer.path: form.zeros(layer, layer.dtype(leaves)) for layer in layout.layers}
     return {
         layer.path: zeros[layer.path]._replace(

@@ -13,6 +13,12 @@ from adafisher_jax.optimizer import (
 )
 from adafisher_jax.tap import tap
 from adafisher_jax.train_state import TrainState
+from adafisher_jax.with_probes import (
+    WithProbes,
+    add_probes,
+    loss_with_probes,
+    optimizer_with_probes,
+)
 
 __version__ = "0.1.0"
 
@@ -24,12 +30,16 @@ __all__ = [
     "ScaleByAdaFisherState",
     "TrainState",
     "Uncovered",
+    "WithProbes",
     "accumulate",
     "adafisher",
     "adafisherw",
     "add_micro_batch",
+    "add_probes",
     "diagnostics",
+    "loss_with_probes",
     "nnx",
+    "optimizer_with_probes",
     "scale_by_adafisher",
     "statistics",
     "tap",

@@ -51,7 +51,7 @@ class Factor(NamedTuple):
           Factor(h=Array(2., dtype=float32), s=Array(0.5, dtype=float32),
                  rows=Array(4., dtype=float32), mean=Array(1., dtype=float32))
         """
-        n = jnp.maximum(self.rows, 1)
+        n = jnp.where(self.rows > 0, self.rows, 1)
         return Factor(self.h / n, self.s / n, self.rows, self.mean / n)
 
     def unscale(self, scale: jax.typing.ArrayLike) -> "Factor":
@@ -79,7 +79,8 @@ def to_unit(
       epsilon: added to the denominator (1e-6 in the released code).
 
     Returns:
-      The least entry and the factor, one for each block; the factor is 0 for a constant vector.
+      The least entry and the factor, one for each block; the factor is 0 for a constant vector,
+      and both are for one without entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,7 +88,10 @@ def to_unit(
       >>> low.tolist(), inverse.tolist()
       ([1.0], [0.25])
     """
-    bounds = [extremes((v,), inner)[0] for v in values]
+    bounds = [extremes((v,), inner)[0] for v in values if v.size]
+    if not bounds:
+        nothing = jnp.zeros_like(jnp.sum(values[0], inner, keepdims=True))
+        return nothing, nothing
     low = functools.reduce(jnp.minimum, [low for low, _ in bounds])
     high = functools.reduce(jnp.maximum, [high for _, high in bounds])
     spread = high - low + epsilon

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,18 @@ def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"two arrays have the same path {twice!r}: a key contains '/'")
     return found, treedef
+
+
+def check_floating(leaves: Mapping[str, Any]) -> None:
+    """Raises TypeError, naming its path, for what is no floating-point array or number."""
+    for path, leaf in leaves.items():
+        known = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
+        found = jnp.result_type(leaf) if known else type(leaf).__name__
+        if not known or not jnp.issubdtype(found, jnp.inexact):
+            raise TypeError(
+                f"the parameter {path!r} is of type {found}, wanted a floating-point array: pass "
+                "what is none as another argument of the loss"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,10 +229,13 @@ class Layout:
     Attributes:
       layers: those under a Fisher block, sorted by path.
       uncovered: the other parameters.
+      left_out: the paths of those that a filter left out, as of an NNX model that is trained in
+        part.
     """
 
     layers: tuple[Layer, ...]
     uncovered: tuple[Uncovered, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -233,13 +249,21 @@ class Layout:
         inside = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
         return inside / max(sum(leaf.size for leaf in self.leaves), 1)
 
+    def only(self, paths: Iterable[str]) -> "Layout":
+        """The layout with the layers at some paths; the parameters of the others are uncovered."""
+        kept = set(paths)
+        left = [leaf for x in self.layers if x.path not in kept for leaf in x.leaves]
+        rows = [*self.uncovered, *(Uncovered(Leaf(x.path, x.shape), "left out") for x in left)]
+        rows.sort(key=lambda row: row.leaf.path)
+        return Layout(tuple(x for x in self.layers if x.path in kept), tuple(rows))
+
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Checks arrays by path against the layout; they may be some of its parameters.
 
         Raises:
           ValueError: if the layout does not know one, or one in a layer has another shape.
         """
-        known = {leaf.path: leaf for leaf in self.leaves}
+        known = {leaf.path for leaf in self.leaves}
         unknown = [path for path in leaves if path not in known]
         if unknown:
             raise ValueError(
@@ -263,12 +287,9 @@ class Layout:
         rows.insert(1, tuple("-" * width for width in [*widths[:-1], len(header[-1])]))
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         total = sum(leaf.size for leaf in self.leaves)
-        lines += [f"{self.covered:.1%} of {total:,} parameters under a Fisher block"]
-        if self.uncovered:
-            lines += [
-                'the others: momentum without curvature; "centered" divides it by a running RMS'
-            ]
-        return "\n".join(lines)
+        share = f"{self.covered:.1%} of {total:,} parameters under a Fisher block"
+        others = ', others get momentum ("centered": over an RMS)'
+        return "\n".join([*lines, share + (others if self.uncovered else "")])
 
 
 def _row(leaf: Leaf, kind: str, reason: str = "") -> tuple[str, ...]:

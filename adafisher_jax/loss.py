@@ -1,6 +1,7 @@
 """The loss that a user hands over: what it is, what it returns, and where it can be traced."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,14 @@ def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[.
         try:
             result = loss_fn(*args, **kwargs)
         except NameError as error:
-            if "unbound axis name" not in str(error):
+            found = re.search(r"unbound axis name:? ?(\w*)", str(error))
+            if not found:
                 raise
             raise ValueError(
-                f"{error}: the loss reduces over a mapped axis, as nn.BatchNorm(axis_name=...) "
-                "does. Trace its layout under a vmap of that name: docs/devices.md"
+                f"the loss names a mapped axis {found[1]!r}, as nn.BatchNorm(axis_name=...) does, "
+                "which is not there. Trace the layout as adafisher_jax.trace_layout(jax.vmap("
+                f"loss_fn, (None, 0), axis_name={found[1]!r}), params, x[None]), and call the "
+                "gradient function inside the shard_map or pmap of that name"
             ) from error
         if has_aux:
             _check_pair(result)
@@ -47,8 +51,13 @@ def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[.
 
 def _check_pair(result: Any) -> None:
     """Raises TypeError for what is not `(scalar, aux)`."""
-    wanted = "has_aux=True wants a loss that returns (scalar, aux)"
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"loss_fn: got {type(result).__name__} from it, {wanted}")
-    if (shape := np.shape(result[0])) != ():
-        raise TypeError(f"loss_fn: got a pair from it whose first has shape {shape}, {wanted}")
+    pair = isinstance(result, tuple) and len(result) == 2
+    value = result[0] if isinstance(result, tuple) and pair else result
+    if not pair or np.shape(value) != ():
+        got = (
+            f"an array of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
+        )
+        raise TypeError(
+            f"loss_fn: it returns {'a pair of which the first is ' if pair else ''}{got}, with "
+            "has_aux=True wanted is a pair (scalar, aux)"
+        )

@@ -20,6 +20,7 @@ from flax import nnx
 
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, by_path, check_factors
+from adafisher_jax.random_counts import check_random_counts
 
 
 def accumulate(
@@ -41,9 +42,10 @@ def accumulate(
       accumulated in at least float32. Auxiliary data come back as a stack.
 
     Raises:
-      TypeError: from the returned function, for an `nnx.Module`: docs/micro_batches.md has the way.
+      TypeError: from the returned function, for an `nnx.Module`, for which there is
+        `adafisher_jax.nnx.accumulate`.
       ValueError: from the returned function, if the arguments or `weights` do not have one
-        leading axis.
+        leading axis, or if `grad_fn` drops the change to the random counts of an `nnx.Module`.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -60,35 +62,62 @@ def accumulate(
     def accumulated(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(params, nnx.Module):
             raise TypeError(
-                "params: got an nnx.Module, which a scan cannot carry: split it into parameters "
-                "and the rest, and merge them in the function that is accumulated"
+                "params: got an nnx.Module, which a scan cannot carry as it is: write "
+                "adafisher_jax.nnx.accumulate(grad_fn, layout)(model, ...)"
             )
-        leaves, structure = by_path({"args": args, "kwargs": kwargs})
-        arrays = {p: leaf for p, leaf in leaves.items() if isinstance(leaf, jax.Array | np.ndarray)}
-        k = _leading_axis(arrays)
-        each = jnp.full(k, 1 / k) if weights is None else jnp.asarray(weights)
-        if each.shape != (k,):
-            raise ValueError(f"weights has shape {each.shape}, {k} micro-batches want ({k},)")
 
-        @jax.jit  # traced once, for the shapes of its results and for the scan
-        def run(arrays: dict[str, Any]) -> tuple[Any, Any]:
-            call = jax.tree.unflatten(structure, (leaves | arrays).values())
-            value, grads, factors = grad_fn(params, *call["args"], **call["kwargs"])
-            loss, *aux = value if isinstance(value, tuple) else (value,)
-            return (loss, grads, factors), aux
+        def one(nothing: Any, *args: Any, **kwargs: Any) -> Any:
+            return nothing, grad_fn(params, *args, **kwargs)
 
-        def add(total: Any, one: Any) -> tuple[Any, Any]:
-            weight, arrays = one
-            result, aux = run(arrays)
-            return add_micro_batch(total, result, weight, layout), aux
-
-        first = {p: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for p, a in arrays.items()}
-        shapes, _ = jax.eval_shape(run, first)
-        total, aux = jax.lax.scan(add, _nothing(shapes), (each, arrays))
-        loss, grads, factors = jax.tree.map(lambda a, like: a.astype(like.dtype), total, shapes)
-        return (loss, *aux) if aux else loss, grads, factors
+        _, result = over_micro_batches(one, layout, weights, (), args, kwargs)
+        return result
 
     return accumulated
+
+
+def over_micro_batches(
+    grad_fn: Callable[..., Any], layout: Layout, weights: Any, carried: Any, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """`accumulate`, of a function that hands on arrays from each micro-batch to the next.
+
+    Args:
+      grad_fn: a function `(carried, *args, **kwargs)` that returns what is carried on, and what a
+        function from `value_and_grad` returns.
+      layout: as in `accumulate`.
+      weights: likewise.
+      carried: what goes into the first micro-batch, a pytree of arrays.
+      args: the other arguments, stacked as in `accumulate`.
+      kwargs: likewise.
+
+    Returns:
+      What is carried after the last micro-batch, and the result for the whole batch.
+    """
+    leaves, structure = by_path({"args": args, "kwargs": kwargs})
+    arrays = {p: leaf for p, leaf in leaves.items() if isinstance(leaf, jax.Array | np.ndarray)}
+    k = _leading_axis(arrays)
+    each = jnp.full(k, 1 / k) if weights is None else jnp.asarray(weights)
+    if each.shape != (k,):
+        raise ValueError(f"weights has shape {each.shape}, {k} micro-batches want ({k},)")
+
+    @jax.jit  # traced once, for the shapes of its results and for the scan
+    def run(carried: Any, arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
+        call = jax.tree.unflatten(structure, (leaves | arrays).values())
+        carried, (value, grads, factors) = grad_fn(carried, *call["args"], **call["kwargs"])
+        loss, *aux = value if isinstance(value, tuple) else (value,)
+        return carried, (loss, grads, factors), aux
+
+    def add(before: Any, one: Any) -> tuple[Any, Any]:
+        carried, total = before
+        weight, arrays = one
+        carried, result, aux = run(carried, arrays)
+        return (carried, add_micro_batch(total, result, weight, layout)), aux
+
+    first = {p: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for p, a in arrays.items()}
+    program, (_, shapes, _) = jax.make_jaxpr(run, return_shape=True)(carried, first)
+    check_random_counts(program)
+    (carried, total), aux = jax.lax.scan(add, (carried, _nothing(shapes)), (each, arrays))
+    loss, grads, factors = jax.tree.map(lambda a, like: a.astype(like.dtype), total, shapes)
+    return carried, ((loss, *aux) if aux else loss, grads, factors)
 
 
 def add_micro_batch(total: Any, result: Any, weight: Any, layout: Layout) -> Any:

@@ -1,5 +1,6 @@
 """Flax NNX: the layout of a loss, and its gradients together with its factors."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ from flax.nnx import extract
 from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
-from adafisher_jax.layout import Layout
+from adafisher_jax.layout import Layout, by_path
 from adafisher_jax.loss import check_loss, explaining
+from adafisher_jax.micro_batches import over_micro_batches
 
 
 def trace_layout(
@@ -18,6 +20,7 @@ def trace_layout(
     model: nnx.Module,
     /,
     *args: Any,
+    wrt: Any = nnx.Param,
     has_aux: bool = False,
     **kwargs: Any,
 ) -> Layout:
@@ -25,20 +28,24 @@ def trace_layout(
 
     Args:
       loss_fn: any traceable function that calls NNX layers of its first argument.
-      model: the module; its `nnx.Param`s are the parameters.
+      model: the module.
       *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`; what is no array
         (`train=True`) is passed on as it is.
+      wrt: which of the module's variables are the parameters, any filter of `nnx.state`, as in
+        `nnx.Optimizer`: `nnx.LoRAParam`, `nnx.PathContains("head")`. It is no argument of the loss.
       has_aux: whether `loss_fn` returns `(scalar, aux)`, which is then checked.
-      **kwargs: likewise.
+      **kwargs: as `args`.
 
     Returns:
-      A static, hashable `Layout`; print it to see what is covered. Paths are those of
-      `nnx.state(model, nnx.Param)`; a module that is shared has its first one.
+      A static, hashable `Layout`; print it to see what is covered. It lists the parameters, and
+      nothing else of the model. Paths are those of `nnx.state(model, wrt)`; a module that is
+      shared has its first one.
 
     Raises:
-      TypeError: for a loss that is a module, a model that is none, an `nnx.Param` that is not
+      TypeError: for a loss that is a module, a model that is none, a parameter that is not
         floating-point, and what is no pair with `has_aux`.
-      ValueError: as `adafisher_jax.trace_layout`.
+      ValueError: as `adafisher_jax.trace_layout`, and if `wrt` selects nothing, or a variable of
+        the model is in another argument too.
 
     Example:
       >>> from flax import nnx
@@ -53,10 +60,12 @@ def trace_layout(
       100.0% of 16 parameters under a Fisher block
     """
     check_loss(loss_fn)
-    _check(model)
+    _check(model, args, kwargs)
     explained = explaining(loss_fn, has_aux)
     model, args, kwargs = extract.to_tree((model, args, kwargs))
-    params, rest = _parts(model)
+    params, rest = _parts(model, wrt)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"wrt: {wrt!r} selects none of the model's variables")
 
     def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         whole = _whole(model, params, rest)
@@ -64,7 +73,9 @@ def trace_layout(
         result = explained(model_again, *args, **kwargs)
         return jax.tree.leaves(result)[:1]  # the loss: what else there is may be no pytree
 
-    return capture.trace_layout(loss, params, (rest, args, kwargs), {})
+    layout = capture.trace_layout(loss, params, (rest, args, kwargs), {})
+    left_out, _ = by_path(nnx.split_state(rest, nnx.Param, ...)[0])
+    return dataclasses.replace(layout, left_out=tuple(left_out))
 
 
 def value_and_grad(
@@ -82,7 +93,8 @@ def value_and_grad(
       A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
       `((loss, aux), grads, factors)`: the first two are those of `nnx.value_and_grad`, which also
       carries over what the loss changes in its arguments (running statistics, random number
-      counts); the third is a dict from layer path to `Factor`.
+      counts); the third is a dict from layer path to `Factor`. Gradients are of the parameters
+      that the layout lists: of `nnx.DiffState(0, wrt)`, where it was traced with a `wrt`.
 
     Raises:
       TypeError, ValueError: as `trace_layout`, and if the layout is another model's or loss's.
@@ -104,14 +116,25 @@ def value_and_grad(
     capture.check_layout(layout)
     when = capture.condition(when)
     explained = explaining(loss_fn, has_aux)
+    listed, left_out = {leaf.path for leaf in layout.leaves}, set(layout.left_out)
+    is_parameter = nnx.filterlib.to_predicate(nnx.Param)
+
+    def wrt(keys: tuple[Any, ...], variable: Any) -> bool:
+        path = "/".join(map(str, keys))  # what is in neither is for the layout to refuse
+        return path in listed or (is_parameter(keys, variable) and path not in left_out)
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
-        _check(model)
+        _check(model, args, kwargs)
 
         # These two exchange modules for pytrees on the way in, and carry changes out.
         @split_inputs
         def differentiated(model: Any, args: Any, kwargs: Any) -> Any:
-            params, rest = _parts(model)
+            params, rest = _parts(model, wrt)
+            if not jax.tree.leaves(params):
+                raise ValueError(
+                    f"the model has no parameter of the layout, as {min(listed, default='')!r}: "
+                    "the layout was traced from another model"
+                )
 
             def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
                 changed, result = merged(_whole(model, params, rest), args, kwargs)
@@ -132,19 +155,111 @@ def value_and_grad(
     return grad_fn
 
 
-def _parts(model: Any) -> Any:
+def accumulate(
+    grad_fn: Callable[..., Any], layout: Layout, weights: Any = None
+) -> Callable[..., Any]:
+    """Runs a gradient function over micro-batches, in the memory of one.
+
+    Args:
+      grad_fn: from `value_and_grad`.
+      layout: its layout.
+      weights: as in `adafisher_jax.accumulate`.
+
+    Returns:
+      A function `(model, *args, **kwargs)` that returns what `grad_fn` returns, for the whole
+      batch. What the loss changes in the model (random number counts, running statistics) is
+      carried from each micro-batch to the next and ends up in the model, as a loop would leave
+      it. So it is with other modules and variables among the arguments. Each array among them is
+      a stack of micro-batches; the rest is as in `adafisher_jax.accumulate`.
+
+    Raises:
+      TypeError: from the returned function, for a model that is no module.
+      ValueError: from the returned function, as `adafisher_jax.accumulate`, and if the loss
+        changes more of a module than the values of its variables.
+
+    Example:
+      >>> from flax import nnx
+      >>> import adafisher_jax as af, jax.numpy as jnp
+      >>> rngs, x = nnx.Rngs(0), jnp.ones((8, 3))
+      >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+      >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+      >>> layout = af.nnx.trace_layout(loss_fn, model, x)
+      >>> grad_fn = af.nnx.value_and_grad(loss_fn, layout)
+      >>> loss, grads, factors = af.nnx.accumulate(grad_fn, layout)(model, x.reshape(4, 2, 3))
+      >>> factors["layers/0"].rows.item(), model.layers[1].rngs.count[...].item()
+      (8.0, 4)
+    """
+
+    def accumulated(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        _check(model, args, kwargs)
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
+        objects = [model, *filter(_is_object, leaves)]
+        graphdef, state = nnx.split(objects)
+
+        def one(values: Any, *args: Any, **kwargs: Any) -> Any:
+            inner = nnx.merge(graphdef, values)
+            model, *others = inner
+            own, given = iter(others), iter(jax.tree.leaves((args, kwargs)))
+            args, kwargs = jax.tree.unflatten(
+                structure, [next(own if _is_object(leaf) else given) for leaf in leaves]
+            )
+            result = grad_fn(model, *args, **kwargs)
+            changed, after = nnx.split(inner)
+            _check_carried(state, after, changed == graphdef)
+            return after, result
+
+        args, kwargs = jax.tree.unflatten(
+            structure, [None if _is_object(leaf) else leaf for leaf in leaves]
+        )
+        state, result = over_micro_batches(one, layout, weights, state, args, kwargs)
+        nnx.update(objects, state)
+        return result
+
+    return accumulated
+
+
+def _parts(model: Any, wrt: Any) -> Any:
     """The parameters and the rest of a module that was exchanged for a pytree."""
     (state,) = model.states
-    return nnx.split_state(state, nnx.Param, ...)
+    return nnx.split_state(state, wrt, ...)
 
 
 def _whole(model: Any, params: Any, rest: Any) -> Any:
     return model.replace(states=(nnx.merge_state(params, rest),))
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, args: Any, kwargs: Any) -> None:
+    """Checks the arguments of a loss: a module, and others that have no variable of it."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model: got {type(model).__name__}, wanted an nnx.Module; for the parameters of Linen "
             "there are adafisher_jax.trace_layout and adafisher_jax.value_and_grad"
         )
+    own = {id(v): path for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)}
+    for path, found in nnx.iter_graph({"args": args, "kwargs": kwargs}):
+        if id(found) in own:
+            inside, again = ("/".join(map(str, keys)) for keys in (own[id(found)], path))
+            raise ValueError(
+                f"inconsistent aliasing: the model's variable {inside!r} is {again!r} too, and "
+                "gradients are of the first argument alone: let the loss take it from the model, "
+                "or give a copy, nnx.clone(...)"
+            )
+
+
+def _is_object(leaf: Any) -> bool:
+    """Whether a leaf is changed in place: a module, or a variable."""
+    return isinstance(leaf, nnx.Variable | nnx.Pytree)
+
+
+def _check_carried(before: Any, after: Any, same_structure: bool) -> None:
+    """Checks that no more than the values of variables differ, as a scan wants it."""
+    was, now = ({p: (a.shape, a.dtype) for p, a in by_path(t)[0].items()} for t in (before, after))
+    if was == now and same_structure:
+        return
+    differing = sorted(path for path, _ in was.items() ^ now.items())
+    what = f"{differing[0].partition('/')[-1]!r}" if differing else "an attribute"
+    raise ValueError(
+        f"model: the loss makes, drops or changes {what} in each micro-batch, and of a module only "
+        "the values of variables can be carried from one to the next: make the variable before, of "
+        "its final shape and type, or loop with adafisher_jax.add_micro_batch"
+    )

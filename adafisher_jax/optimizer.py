@@ -11,7 +11,14 @@ import optax
 
 from adafisher_jax import in_turn
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path, check_factors, check_state
+from adafisher_jax.layout import (
+    Layer,
+    Layout,
+    by_path,
+    check_factors,
+    check_floating,
+    check_state,
+)
 from adafisher_jax.rules import (
     Curvature,
     Outcome,
@@ -155,12 +162,7 @@ def scale_by_adafisher(
 
     def init_fn(params: optax.Params) -> ScaleByAdaFisherState:
         leaves, _ = by_path(params)
-        for path, leaf in leaves.items():
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-                raise TypeError(
-                    f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
-                    "floating-point array"
-                )
+        check_floating(leaves)
         leaves = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
         count = jnp.zeros([], jnp.int32)
         if not leaves:  # nothing to step, or optax.tree.map_params asks where the parameters are

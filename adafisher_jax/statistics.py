@@ -156,10 +156,14 @@ class Window:
     mode: str = "constant"
     flip: bool = False
 
+    def sources(self) -> np.ndarray:
+        """The input position at each position between the margins' ends; -1 for a zero."""
+        fill = {"constant_values": -1} if self.mode == "constant" else {}
+        return np.pad(np.arange(self.inputs), self.margin, mode=self.mode, **fill)  # type: ignore[call-overload]
+
     def reads(self) -> np.ndarray:
         """The input position each (kernel position, output position) reads; -1 for padding."""
-        fill = {"constant_values": -1} if self.mode == "constant" else {}
-        source = np.pad(np.arange(self.inputs), self.margin, mode=self.mode, **fill)  # type: ignore[call-overload]
+        source = self.sources()
         dilated = np.full((len(source) - 1) * self.input_dilation + 1, -1)
         dilated[:: self.input_dilation] = source
         offset = np.arange(self.size)[:, None] * self.kernel_dilation
@@ -168,24 +172,94 @@ class Window:
         found = np.where(inside, dilated[np.where(inside, place, 0)], -1)
         return found[::-1] if self.flip else found
 
-    def counts(self) -> np.ndarray:
-        """How often each kernel position reads each input position, (size, inputs)."""
-        found = self.reads()
-        return np.stack([np.bincount(row[row >= 0], minlength=self.inputs) for row in found])
+    def _steps(self, places: np.ndarray) -> np.ndarray:
+        """How far some places between the margins' ends are ahead of the kernel's, (size, places).
 
-    def regular(self) -> tuple[np.ndarray, np.ndarray]:
-        """`counts` as repeated with the stride, (size, stride), and the inputs where they differ.
+        The output that a kernel position reads there is that many strides on, if there is one.
+        """
+        offset = np.arange(self.size)[:, None] * self.kernel_dilation
+        steps = places * self.input_dilation + self.low - offset
+        return steps[::-1] if self.flip else steps
+
+    def counts(self, positions: np.ndarray) -> np.ndarray:
+        """How often each kernel position reads each of some input positions, (size, positions).
+
+        The positions are in order.
+        """
+        source = self.sources()
+        places = np.flatnonzero(np.isin(source, positions))
+        steps = self._steps(places)
+        reads = (steps % self.stride == 0) & (steps >= 0) & (steps < self.outputs * self.stride)
+        counts = np.zeros((len(positions), self.size), int)
+        np.add.at(counts, np.searchsorted(positions, source[places]), reads.T)
+        return counts.T
+
+    def regular(self) -> np.ndarray:
+        """Far from the edges, `counts` as repeated with the stride, (size, stride).
 
         Example:
-          >>> counts, edges = Window(3, 8, 8, low=1).regular()
-          >>> counts.ravel().tolist(), edges.tolist()
+          >>> window = Window(3, 8, 8, low=1)
+          >>> window.regular().ravel().tolist(), window.edges().tolist()
           ([1, 1, 1], [0, 7])
         """
-        counts, phase = self.counts(), np.arange(self.inputs) % self.stride
-        regular = np.zeros((self.size, self.stride), counts.dtype)
-        for i in range(min(self.stride, self.inputs)):
-            regular[:, i] = np.median(counts[:, phase == i], axis=1)
-        return regular, np.flatnonzero((counts != regular[:, phase]).any(axis=0))
+        steps = self._steps(np.arange(self.stride) + self.margin[0])
+        return (steps % self.stride == 0).astype(int)
+
+    def edges(self) -> np.ndarray:
+        """The input positions, in order, where `counts` may not be regular."""
+        source = self.sources()
+        reach = (self.size - 1) * self.kernel_dilation
+        steps = (np.arange(self.inputs) + self.margin[0]) * self.input_dilation + self.low
+        inner = (steps >= reach) & (steps < self.outputs * self.stride)
+        low, high = self.margin
+        inner[source[:low][source[:low] >= 0]] = False
+        inner[source[len(source) - high :][source[len(source) - high :] >= 0]] = False
+        return np.flatnonzero(~inner)
+
+    def sums(self, totals: jax.Array) -> jax.Array:
+        """The product of `counts`, of all positions, with an array (any, inputs, any).
+
+        Each kernel position reads `outputs` entries, spaced by the stride: a window on those of
+        one phase. With these cut into blocks of a window's length, a window is the end of a block
+        and the beginning of the next. So the counts need no memory, and nothing is subtracted.
+        """
+        source = self.sources()
+        if any(self.margin):
+            padding = jnp.asarray(source < 0)[:, None]
+            totals = jnp.where(padding, 0, jnp.take(totals, np.maximum(source, 0), axis=1))
+        starts = np.arange(self.size) * self.kernel_dilation
+        if self.flip:
+            starts = starts[::-1]
+        first, phase = starts // self.stride, starts % self.stride
+        blocks = (int(max(first)) + self.outputs - 1) // self.outputs + 1
+        length = (totals.shape[1] - 1) * self.input_dilation + 1
+        high = blocks * self.outputs * self.stride - self.low - length
+        gaps = [(0, 0, 0), (self.low, high, self.input_dilation - 1), (0, 0, 0)]
+        totals = jax.lax.pad(totals, jnp.zeros((), totals.dtype), gaps)
+        before, _, after = totals.shape
+        totals = totals.reshape(before, blocks, self.outputs, self.stride, after)
+
+        def at(sums: jax.Array, places: np.ndarray) -> jax.Array:
+            flat = sums.reshape(before, blocks * self.outputs, self.stride, after)
+            return flat[:, places, phase]
+
+        ends = at(jax.lax.cumsum(totals, 2, reverse=True), first)
+        beginnings = at(jax.lax.cumsum(totals, 2), first + self.outputs - 1)
+        return ends + jnp.where(jnp.asarray(first % self.outputs > 0)[:, None], beginnings, 0)
+
+
+ENTRIES = 2**18  # of a matrix of counts at most; it is a constant of the program
+EDGES = 64  # of a window at most that are summed one by one
+
+
+def _is_small(window: Window, positions: int) -> bool:
+    return window.size * positions <= ENTRIES
+
+
+def _counts(window: Window) -> np.ndarray | None:
+    """The counts of all positions, if these are few."""
+    every = np.arange(window.inputs)
+    return window.counts(every) if _is_small(window, len(every)) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +273,7 @@ class Convolution:
     so that only sums of the input are ever made, never its patches. Over the last spatial axis
     `A` repeats with the stride but at the edges: there the batch sum is over all positions of a
     phase, and over each edge. A sum over rows of contiguous channels is many times faster, on a
-    CPU, than one that keeps all positions.
+    CPU, than one that keeps all positions. `A` itself is made where it is small.
 
     Attributes:
       windows: one for each spatial axis.
@@ -226,14 +300,18 @@ class Convolution:
             return jax.tree.map(lambda found: found[0], point.of_inputs(x[..., None, :]))
         *others, last = self.windows
         batch = tuple(range(x.ndim - len(self.windows) - 1))
-        counts = [window.counts() for window in others]
-        regular, edges = last.regular()
-        phased = last.inputs % last.stride == 0 and 4 * len(edges) <= last.inputs
+        edges = last.edges()
+        few = len(edges) <= min(last.inputs // 4, EDGES)
+        phased = last.inputs % last.stride == 0 and few and _is_small(last, last.stride)
+        counts = [_counts(window) for window in others]
         if phased:
-            at_edges = last.counts()[:, edges] - regular[:, edges % last.stride]
+            regular = last.regular()
+            at_edges = last.counts(edges) - regular[:, edges % last.stride]
+            differ = at_edges.any(axis=0)
+            edges, at_edges = edges[differ], at_edges[:, differ]
             counts.append(np.concatenate([regular, at_edges], axis=1))
         else:
-            counts.append(last.counts())
+            counts.append(_counts(last))
 
         def total(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
             if not phased:
@@ -248,20 +326,23 @@ class Convolution:
         squares, sums = jnp.moveaxis(self._gather(totals, counts), -3, 0)
         return jnp.maximum(squares, 0), sums
 
-    def _gather(self, totals: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
+    def _gather(self, totals: jax.Array, counts: Sequence[np.ndarray | None]) -> jax.Array:
         """Sums batch sums of the input, (*positions, sums, channels), into the kernel's axes."""
         *space, channels = totals.shape
         alike = self.groups // self.apart
         totals = totals.reshape(*space, self.apart, alike, channels // self.groups)
         totals = jnp.moveaxis(jnp.sum(totals, axis=-2) / alike, -2, -1)
         shape = totals.shape
-        for axis, of_axis in enumerate(counts):
+        for axis, (window, of_axis) in enumerate(zip(self.windows, counts, strict=True)):
             # One product for each position before this axis: so nothing has to be transposed.
             before = math.prod(totals.shape[:axis])
-            each = jnp.asarray(np.broadcast_to(of_axis, (before, *of_axis.shape)), totals.dtype)
             rows = totals.reshape(before, totals.shape[axis], -1)
-            found = jnp.matmul(each, rows, precision=jax.lax.Precision.HIGHEST)
-            totals = found.reshape(*totals.shape[:axis], len(of_axis), *shape[axis + 1 :])
+            if of_axis is None:
+                found = window.sums(rows)
+            else:
+                each = jnp.asarray(np.broadcast_to(of_axis, (before, *of_axis.shape)), totals.dtype)
+                found = jnp.matmul(each, rows, precision=jax.lax.Precision.HIGHEST)
+            totals = found.reshape(*totals.shape[:axis], window.size, *shape[axis + 1 :])
         return totals
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
@@ -411,6 +492,35 @@ class Lookup:
 def lookup(ndim: int, size: int) -> Lookup:
     """The lookup of whole rows of a table (size, features), with indices of rank `ndim`."""
     return Lookup(dense(ndim + 1), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Experts: rows in a line, group by group, each group with a matrix of its own.
+
+    Inputs are the rows (n, in) and how many of them each group has; rows after the last group are
+    none. The groups of the weight (groups, in, out) are stacked layers, each with rows of its own.
+    """
+
+    @property
+    def weight_axes(self) -> Axes:
+        return ("stack0", "in0", "out0")
+
+    def of_inputs(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        squares, sums = (_by_group(v, sizes) for v in (jnp.square(_wide(x)), _wide(x)))
+        return squares[:, :, None], sums[:, :, None], sizes
+
+    def of_cotangents(self, g: jax.Array, sizes: jax.Array) -> jax.Array:
+        return _by_group(jnp.square(_wide(g)), sizes)[:, None, :]
+
+    def rows(self, y: jax.Array, sizes: jax.Array) -> jax.Array:
+        return sizes[:, None, None]
+
+
+def _by_group(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The sum of each group's rows."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    return jax.ops.segment_sum(rows, group, len(sizes))
 
 
 @dataclasses.dataclass(frozen=True)

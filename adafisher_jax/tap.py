@@ -16,7 +16,7 @@ stays is nothing but an identity.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -33,20 +33,20 @@ class Statistic(Protocol):
     Implementations are hashable and hold no arrays; see `adafisher_jax.statistics`.
     """
 
-    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sums over rows of the squared inputs and of the inputs."""
+    def of_inputs(self, *x: jax.Array) -> tuple[jax.Array, ...]:
+        """The sums over rows of the squared inputs and of the inputs, and what else is needed."""
         ...
 
-    def of_cotangents(self, g: jax.Array) -> jax.Array:
+    def of_cotangents(self, g: jax.Array, *needed: jax.Array) -> jax.Array:
         """The sum over rows of the squared output cotangents."""
         ...
 
-    def rows(self, y: jax.Array) -> int:
+    def rows(self, y: jax.Array, *needed: jax.Array) -> jax.typing.ArrayLike:
         """How many rows the output has."""
         ...
 
 
-def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.Array:
+def tap(statistic: Statistic, x: Any, y: jax.Array, probe: Factor) -> jax.Array:
     r"""Returns `y`, and makes `probe`'s gradient the layer's statistics.
 
     The gradient of any loss with respect to `probe` is, summed over every tapped use of it,
@@ -58,7 +58,7 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
     Args:
       statistic: how this layer's inputs and cotangents are reduced, for example
         `adafisher_jax.statistics.einsum("ni,io->no")`.
-      x: the layer's input, any float or integer type.
+      x: the layer's input, any float or integer type; a tuple, if the statistic is of several.
       y: the layer's output.
       probe: a `Factor` of zeros with the shapes the statistic yields. Its type, at least
         float32, is the type the statistics are accumulated in.
@@ -81,9 +81,9 @@ def tap(statistic: Statistic, x: jax.Array, y: jax.Array, probe: Factor) -> jax.
       >>> factor.h.ravel().tolist(), factor.s.ravel().tolist(), float(factor.rows)
       ([2.5, 0.5], [0.25, 0.25], 2.0)
     """
-    return tap_p.bind(
-        y, x, *probe, statistic=statistic, use=None, parameters=0, levels=(), conditional=False
-    )
+    inputs = jax.tree.leaves(x)
+    own = {"statistic": statistic, "use": None, "inputs": len(inputs), "parameters": 0}
+    return tap_p.bind(y, *inputs, *probe, **own, levels=(), conditional=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +112,16 @@ class Use:
 def mark(
     statistic: Statistic, x: jax.Array, y: jax.Array, parameters: Sequence[jax.Array], use: Use
 ) -> jax.Array:
-    """Returns `y`, noting in the traced program that a layer computed it with `parameters`."""
-    n = len(parameters)
-    return tap_p.bind(
-        y, x, *parameters, statistic=statistic, use=use, parameters=n, levels=(), conditional=False
-    )
+    """Returns `y`, noting in the traced program that a layer computed it with `parameters`.
+
+    An interpreter with a rule for each primitive, as `jax.experimental.jet`, meets no mark: the
+    layer is then what its products say.
+    """
+    own = {"statistic": statistic, "use": use, "inputs": 1, "parameters": len(parameters)}
+    try:
+        return tap_p.bind(y, x, *parameters, **own, levels=(), conditional=False)
+    except (KeyError, NotImplementedError):  # no rule for a mark
+        return y
 
 
 # Two primitives rather than a `custom_vjp`, so that forward-mode differentiation, and any number
@@ -124,9 +129,10 @@ def mark(
 # what the forward pass runs; its tangent is `_tangent_p`, which is linear in `y` and the probe,
 # and whose transpose yields the statistics.
 #
-# Operands of `tap_p`: y, x, the layer's parameters (as many as `parameters` says), and the four
-# parts of the probe or nothing. Of `_tangent_p`: y, the probe, the sums of the inputs and, if it is
-# `conditional`, whether it is due: if its probe's `rows` are not zero, no statistics are computed.
+# Operands of `tap_p`: y, the layer's inputs and parameters (as many as `inputs` and `parameters`
+# say), and the four parts of the probe or nothing. Of `_tangent_p`: y, the probe, what the
+# statistic tells of the inputs and, if it is `conditional`, whether it is due: if its probe's
+# `rows` are not zero, no statistics are computed.
 # `levels` holds, for each `vmap` around them, innermost first, the operands' mapped axes.
 
 tap_p = core.Primitive("adafisher_tap")
@@ -139,14 +145,16 @@ class Operands(NamedTuple):
     """The operands of `tap_p`, or what belongs to each of them."""
 
     y: Any
-    x: Any
+    x: Sequence[Any]
     parameters: Sequence[Any]
     probe: Sequence[Any]
 
     @classmethod
-    def of(cls, operands: Sequence[Any], parameters: int) -> "Operands":
-        y, x, *rest = operands
-        return cls(y, x, rest[:parameters], rest[parameters:])
+    def of(cls, operands: Sequence[Any], params: Mapping[str, Any]) -> "Operands":
+        """Those of an equation or a call with some parameters of the primitive."""
+        y, *rest = operands
+        n, m = params["inputs"], params["inputs"] + params["parameters"]
+        return cls(y, rest[:n], rest[n:m], rest[m:])
 
 
 def _first(*operands: Any, **_: Any) -> Any:
@@ -172,35 +180,32 @@ for _primitive in (tap_p, _tangent_p):
     batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
 
 
-def _tap_jvp(
-    primals: Any,
-    tangents: Any,
-    *,
-    statistic: Statistic,
-    parameters: int,
-    levels: Levels,
-    conditional: bool,
-    use: Any,
-) -> Any:
-    rest = {"parameters": parameters, "levels": levels, "conditional": conditional, "use": use}
-    y = tap_p.bind(*primals, statistic=statistic, **rest)
-    moving, still = (Operands.of(values, parameters) for values in (tangents, primals))
+def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    statistic, levels, conditional = (params[k] for k in ("statistic", "levels", "conditional"))
+    y = tap_p.bind(*primals, **params)
+    moving, still = (Operands.of(values, params) for values in (tangents, primals))
     if all(type(tangent) is ad.Zero for tangent in moving.probe):
         return y, moving.y
     due = [jnp.all(Factor(*still.probe).rows == 0)] if conditional else []
     of_inputs: Any = statistic.of_inputs
-    for level in levels:
-        if (axis := level[1]) is not None:
-            of_inputs = jax.vmap(of_inputs, in_axes=axis)
+    mapped = [Operands.of(level, params) for level in levels]
+    for of in mapped:
+        if any(axis is not None for axis in of.x):
+            of_inputs = jax.vmap(of_inputs, in_axes=tuple(of.x))
     linear = [ad.instantiate_zeros(moving.y)]
     linear += [vary_like(ad.instantiate_zeros(part), y) for part in moving.probe]
+    known = _where_due(of_inputs, *still.x, due=due)
     inner = tuple(
-        (of.y, *of.probe, *(None if of.x is None else 0,) * 2, *(None for _ in due))
-        for level in levels
-        for of in [Operands.of(level, parameters)]
+        (
+            of.y,
+            *of.probe,
+            *(None if set(of.x) == {None} else 0 for _ in known),
+            *(None for _ in due),
+        )
+        for of in mapped
     )
-    sums = _where_due(of_inputs, still.x, due=due)
-    return y, _tangent_p.bind(*linear, *sums, *due, statistic=statistic, levels=inner)
+    own = {"statistic": statistic, "conditional": conditional}
+    return y, _tangent_p.bind(*linear, *known, *due, levels=inner, **own)
 
 
 def _tap_transpose(g: Any, y: Any, *rest: Any, **_: Any) -> list[Any]:
@@ -227,7 +232,7 @@ def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _tangent_transpose(
-    g: Any, y: Any, *rest: Any, statistic: Statistic, levels: Levels
+    g: Any, y: Any, *rest: Any, statistic: Statistic, levels: Levels, conditional: bool
 ) -> list[Any]:
     probe, known = rest[:4], rest[4:]
     own = g if ad.is_undefined_primal(y) else None
@@ -237,13 +242,15 @@ def _tangent_transpose(
         return [own, *zeros, *nothing]
     shapes = [_unmapped(p.aval.shape, [dims[i] for dims in levels]) for i, p in enumerate(probe, 1)]
 
-    def all_parts(g: jax.Array, h: jax.Array, mean: jax.Array) -> list[jax.Array]:
-        s = statistic.of_cotangents(g)
-        found = (h, s, jnp.full((), statistic.rows(g), s.dtype), mean)
+    due = len(known) - conditional
+
+    def all_parts(g: jax.Array, h: jax.Array, mean: jax.Array, *needed: jax.Array) -> Any:
+        s = statistic.of_cotangents(g, *needed)
+        found = (h, s, jnp.asarray(statistic.rows(g, *needed), s.dtype), mean)
         return [jnp.broadcast_to(v, shape) for v, shape in zip(found, shapes, strict=True)]
 
-    def statistics(g: jax.Array, h: jax.Array, mean: jax.Array, *due: jax.Array) -> Any:
-        return _where_due(all_parts, g, h, mean, due=due)
+    def statistics(g: jax.Array, *known: jax.Array) -> Any:
+        return _where_due(all_parts, g, *known[:due], due=known[due:])
 
     for dims in levels:
         statistics = _mapped(statistics, dims)

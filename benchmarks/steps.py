@@ -34,8 +34,7 @@ def train_step(task: Task, optimizer: str, with_factors: bool | None = None) -> 
     def step(state, *batch):
         params, opt_state, _ = state
         loss, grads, factors = find(params, *batch)
-        extra = {"factors": factors} if with_factors else {}
-        updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        updates, opt_state = tx.update(grads, opt_state, params, factors=factors)
         return optax.apply_updates(params, updates), opt_state, loss
 
     def start(params):
@@ -49,8 +48,7 @@ def update_step(tx: Any) -> Callable[..., Any]:
 
     def step(state, grads, factors):
         params, opt_state = state
-        extra = {} if factors is None else {"factors": factors}
-        updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        updates, opt_state = tx.update(grads, opt_state, params, factors=factors)
         return optax.apply_updates(params, updates), opt_state
 
     return step

@@ -51,7 +51,7 @@ def train(mesh, batches):
     layout = af.trace_layout(loss_fn, params, *batches[0])
     params = jax.tree.map(lambda leaf: place(leaf, *[None] * (leaf.ndim - 1), "model"), params)
 
-    tx = af.adafisherw(1e-2, layout, rule="centered")
+    tx = af.adafisherw(3e-2, layout, rule="centered")
     grad_fn = af.value_and_grad(loss_fn, layout)
 
     @jax.jit

@@ -131,8 +131,10 @@ class Unrolled:
         outs = []
         for i in range(size):
             own = stacks if in_axes[0] is None else _sliced(stacks, in_axes[0], i)
-            row = data if in_axes[1] is None else jax.tree.map(
-                lambda d: jnp.take(d, i, axis=in_axes[1]), data
+            row = (
+                data
+                if in_axes[1] is None
+                else jax.tree.map(lambda d: jnp.take(d, i, axis=in_axes[1]), data)
             )
             outs.append(fun(own, row))
         return jax.tree.map(lambda *of: jnp.stack(of), *outs)
@@ -256,7 +258,11 @@ def check(program, params, *data, covered=1.0, rtol=1e-9, kinds=None):
             assert a.shape == layer.factor_shapes[Factor._fields.index(name)]
             scale = max(np.abs(b).max(initial=0), 1e-30)
             np.testing.assert_allclose(
-                np.broadcast_to(a, b.shape), b, rtol=rtol, atol=rtol * scale, err_msg=f"{path} {name}\n{layout}"
+                np.broadcast_to(a, b.shape),
+                b,
+                rtol=rtol,
+                atol=rtol * scale,
+                err_msg=f"{path} {name}\n{layout}",
             )
         rows = np.broadcast_to(np.reshape(found.rows, layer.stack_shape), want.rows.shape)
         np.testing.assert_array_equal(rows, want.rows, err_msg=f"{path} rows")

@@ -191,7 +191,7 @@ def test_like_layers_are_traced_once():
             return x
 
     _, params, layout = problem(Deep(), jnp.ones((2, 16)))
-    tx = af.scale_by_adafisher(layout)
+    tx = af.scale_by_adafisher(layout, rule="paper")
     zeros = no_factors(layout)
     lowered = jax.jit(lambda g, s: tx.update(g, s, factors=zeros)).lower(params, tx.init(params))
     assert lowered.as_text().count("func.func private @_step_layer") == 1

@@ -166,14 +166,14 @@ def test_relative_steps_are_ratios_of_root_mean_squares(rule):
 
 
 def test_ages_and_skipped_refreshes_are_counted_where_they_are():
-    tx = af.adafisher(RATE, LAYOUT)
+    tx = af.adafisher(RATE, LAYOUT, rule="paper")
     state, seen = tx.init(PARAMS), []
     for refresh in ("good", None, None, "good", "bad", "bad"):
         grads, factors = data(0)
         if refresh == "bad":
             factors = factors | {"a": factors["a"]._replace(s=factors["a"].s.at[0, 1].set(np.nan))}
         _, state = tx.update(grads, state, PARAMS, factors=factors if refresh else None)
-        found = report(state, LAYOUT)
+        found = report(state, LAYOUT, rule="paper")
         seen.append([(int(found[name].age), int(found[name].skipped)) for name in "ab"])
         assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(found))
     of_a, of_b = zip(*seen, strict=True)
@@ -199,10 +199,10 @@ WIDE = make_layer("wide", "dense", (2, 150, 70), "stack0 in0 out0", "stack0 out0
 def test_quantiles_of_wide_layers_are_off_by_a_thirty_second_in_rank_at_most():
     rng = np.random.default_rng(0)
     layout = layout_of(WIDE)
-    tx = af.adafisher(RATE, layout)
+    tx = af.adafisher(RATE, layout, rule="paper")
     grads = random_tree(rng, WIDE)
     updates, state = tx.update(grads, tx.init(grads), factors={"wide": random_factor(rng, WIDE)})
-    found = report(state, layout, learning_rate=RATE)["wide"]
+    found = report(state, layout, rule="paper", learning_rate=RATE)["wide"]
     rates = np.asarray(-updates["wide"]["weight"] / grads["wide"]["weight"])
     for quantile, got in zip(QUANTILES, found[1:4], strict=True):
         assert abs(np.mean(rates < got) - quantile) <= 1 / 32
@@ -230,10 +230,13 @@ def stepped(tx, seed=0):
 def test_each_part_of_a_partition_reports_its_own_layers():
     """One layout of both may be given to each, or to each its own."""
     for layouts in ((LAYOUT, LAYOUT), (layout_of(A), layout_of(B))):
-        parts = {name: af.adafisher(RATE, of) for name, of in zip("ab", layouts, strict=True)}
+        parts = {
+            name: af.adafisher(RATE, of, rule="paper")
+            for name, of in zip("ab", layouts, strict=True)
+        }
         _, state = stepped(optax.partition(parts, {"a": "a", "b": "b"}))
-        whole = report(stepped(af.adafisher(RATE, LAYOUT))[1], LAYOUT)
-        jax.tree.map(np.testing.assert_array_equal, report(state, LAYOUT), whole)
+        whole = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT)
+        jax.tree.map(np.testing.assert_array_equal, report(state, LAYOUT, rule="paper"), whole)
 
 
 @every_rule
@@ -260,22 +263,30 @@ def test_a_weight_whose_bias_is_masked_is_stepped_and_reported_without_it():
 
 def test_injected_hyperparameters_are_handed_on():
     tx = optax.inject_hyperparams(af.adafisher)(
-        learning_rate=lambda count: 0.5 / (1 + count), damping=0.02, layout=LAYOUT
+        learning_rate=lambda count: 0.5 / (1 + count), damping=0.02, layout=LAYOUT, rule="paper"
     )
     updates, state = stepped(tx)
     values = state.hyperparams
-    found = report(state, LAYOUT, damping=values["damping"], learning_rate=values["learning_rate"])
+    found = report(
+        state,
+        LAYOUT,
+        rule="paper",
+        damping=values["damping"],
+        learning_rate=values["learning_rate"],
+    )
     rates = -updates["a"]["weight"] / data(0)[0]["a"]["weight"]
     close(found["a"][1:4], np.quantile(rates, QUANTILES), rtol=1e-5)
 
 
 def test_a_train_state_is_read():
-    state = af.TrainState.create(apply_fn=None, params=PARAMS, tx=af.adafisher(RATE, LAYOUT))
+    state = af.TrainState.create(
+        apply_fn=None, params=PARAMS, tx=af.adafisher(RATE, LAYOUT, rule="paper")
+    )
     grads, factors = data(0)
     state = state.apply_gradients(grads=grads, factors=factors)
-    expected = report(stepped(af.adafisher(RATE, LAYOUT))[1], LAYOUT)
+    expected = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT)
     for given in (state, state.opt_state):
-        jax.tree.map(np.testing.assert_array_equal, report(given, LAYOUT), expected)
+        jax.tree.map(np.testing.assert_array_equal, report(given, LAYOUT, rule="paper"), expected)
 
 
 def test_an_nnx_optimizer_is_read():
@@ -291,7 +302,7 @@ def test_an_nnx_optimizer_is_read():
 
     model = Net(nnx.Rngs(0))
     layout = af.nnx.trace_layout(nnx_reference.loss_of, model, jnp.ones((8, 3)))
-    tx = af.adafisher(RATE, layout)
+    tx = af.adafisher(RATE, layout, rule="paper")
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads = random_like(nnx.state(model, nnx.Param))
     factors = random_factors(np.random.default_rng(0), *layout.layers)
@@ -308,7 +319,7 @@ def test_an_nnx_optimizer_is_read():
 
 
 def look(layout, state, params, updates):
-    return report(state, layout, learning_rate=RATE, params=params, updates=updates)
+    return report(state, layout, rule="paper", learning_rate=RATE, params=params, updates=updates)
 
 
 # In a training step.
@@ -337,7 +348,7 @@ def test_a_report_in_a_compiled_step_is_traced_once_and_stays_on_the_device():
         return jnp.mean(jnp.square(Model().apply({"params": params}, tokens)))
 
     layout = af.trace_layout(loss_fn, params, tokens)
-    tx, traces = af.adafisher(RATE, layout), []
+    tx, traces = af.adafisher(RATE, layout, rule="paper"), []
 
     @fast_jit
     def step(params, state, tokens):
@@ -396,22 +407,24 @@ def test_scalars_leave_out_what_there_is_not():
 
 
 def test_errors_say_what_is_missing():
-    state = stepped(af.adafisher(RATE, LAYOUT))[1]
+    state = stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1]
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
-        report(optax.adam(0.1).init(PARAMS), LAYOUT)
+        report(optax.adam(0.1).init(PARAMS), LAYOUT, rule="paper")
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
-        report(state, layout_of(ALL["column"]))
+        report(state, layout_of(ALL["column"]), rule="paper")
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
-        report(af.adafisher(RATE).init(PARAMS), LAYOUT)
+        report(af.adafisher(RATE, None, rule="paper").init(PARAMS), LAYOUT)
     with pytest.raises(ValueError, match="rule: got 'adam'"):
         report(state, LAYOUT, rule="adam")
     with pytest.raises(ValueError, match="'a/weight' has shape"):
-        report(state, LAYOUT, params=PARAMS, updates={"a": {"weight": jnp.ones((3, 5))}})
+        report(
+            state, LAYOUT, rule="paper", params=PARAMS, updates={"a": {"weight": jnp.ones((3, 5))}}
+        )
     several = jax.vmap(TX.init)(jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), PARAMS))
     with pytest.raises(ValueError, match=r"opt_state: the momentum of 'a/weight' has shape \(4, "):
-        report(several, LAYOUT)
+        report(several, LAYOUT, rule="paper")
     with pytest.raises(TypeError, match="layout: got NoneType, wanted a Layout"):
-        report(state, None)
+        report(state, None, rule="paper")
 
 
 @every_rule

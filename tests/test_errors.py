@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import adafisher_jax as af
+from adafisher_jax.layout import by_path
 
 RULES = ("paper", "official", "centered")
 X = jnp.ones((4, 3))
@@ -48,7 +50,7 @@ def says(error, *parts):
 
 
 def update(factors, layout=LAYOUT):
-    tx = af.scale_by_adafisher(layout)
+    tx = af.scale_by_adafisher(layout, rule="paper")
     jax.eval_shape(lambda g, s: tx.update(g, s, factors=factors), captured()[0], tx.init(PARAMS))
 
 
@@ -74,12 +76,46 @@ def update(factors, layout=LAYOUT):
 )
 def test_bad_settings(make, options, parts):
     with says(ValueError, *parts):
-        make(LAYOUT, **options)
+        make(LAYOUT, **{"rule": "paper"} | options)
+
+
+MAKERS = [
+    (af.scale_by_adafisher, ()),
+    (af.adafisher, (3e-2,)),
+    (af.adafisherw, (3e-2,)),
+]
+
+
+@pytest.mark.parametrize(("make", "first"), MAKERS)
+def test_a_layout_or_a_rule_left_out(make, first):
+    rate = "3e-2, " if first else ""
+    cure = f'{make.__name__}({rate}layout, rule="centered")'
+    with says(TypeError, "missing a required argument: 'layout'", cure, "trace_layout", "None"):
+        make(*first, rule="paper")
+    with says(TypeError, "missing a required argument: 'rule'", cure, '"paper"', '"official"'):
+        make(*first, None)
+    with says(TypeError, "too many positional arguments", cure):
+        make(*first, LAYOUT, "paper")
+    assert make(*first, layout=None, rule="paper").init(PARAMS)
+
+
+@pytest.mark.parametrize("make", [af.adafisher, af.adafisherw])
+@pytest.mark.parametrize("bad", ["3e-2", None, PARAMS, jnp.ones(2)], ids=str)
+def test_a_rate_or_a_decay_that_is_none(make, bad):
+    with says(TypeError, "learning_rate", "a number or a schedule"):
+        make(bad, LAYOUT, rule="centered")
+    with says(TypeError, "weight_decay", "a number or a schedule"):
+        make(3e-2, LAYOUT, rule="centered", weight_decay=bad)
+
+
+def test_a_layout_that_is_none():
+    with says(TypeError, "layout", "dict", "adafisher_jax.trace_layout(loss_fn, params, ...)"):
+        af.adafisher(3e-2, PARAMS, rule="centered")
 
 
 def test_a_momentum_of_integers():
     with says(TypeError, "mu_dtype", "int32", "floating-point"):
-        af.scale_by_adafisher(LAYOUT, mu_dtype=jnp.int32)
+        af.scale_by_adafisher(LAYOUT, rule="paper", mu_dtype=jnp.int32)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -115,33 +151,105 @@ def test_an_integer_parameter_to_trace_layout(bad):
         af.trace_layout(lambda p, x: LOSS(p["model"], x), params, X)
 
 
+def test_what_is_no_array_among_the_parameters():
+    for refuses in (
+        af.scale_by_adafisher(None, rule="paper").init,
+        lambda p: af.trace_layout(LOSS, p, X),
+    ):
+        with says(TypeError, "'a/name'", "str", "floating-point"):
+            refuses({"a": {"name": "kernel"}})
+
+
 def test_two_parameters_of_one_path():
     params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
-    for refuses in (af.scale_by_adafisher().init, lambda p: af.trace_layout(LOSS, p, X)):
+    for refuses in (
+        af.scale_by_adafisher(None, rule="paper").init,
+        lambda p: af.trace_layout(LOSS, p, X),
+    ):
         with says(ValueError, "same path", "'a/b'", "'/'"):
             refuses(params)
 
 
 def test_init_with_another_models_parameters():
     with says(ValueError, "'layers_0/", "7", "5", "another model"):
-        af.adafisher(1e-3, LAYOUT).init(OTHER)
+        af.adafisher(1e-3, LAYOUT, rule="paper").init(OTHER)
 
 
 def test_update_with_another_models_gradients():
     grads, factors = captured()
-    tx = af.scale_by_adafisher(OTHER_LAYOUT)
+    tx = af.scale_by_adafisher(OTHER_LAYOUT, rule="paper")
     with says(ValueError, "'layers_0/", "7", "5", "another model"):
         tx.update(grads, tx.init(OTHER), factors=factors)
 
 
-@pytest.mark.parametrize("call", [lambda tx: tx.init(PARAMS), lambda tx: tx.update(PARAMS, None)])
-def test_a_layout_none_of_whose_layers_is_in_params(call):
+@pytest.mark.parametrize(
+    "call", [lambda tx: tx.init(PARAMS), lambda tx: tx.update(PARAMS, None, factors=None)]
+)
+def test_parameters_none_of_which_the_layout_knows(call):
     """As when it was traced for a full variables dict, and the optimizer is given the params."""
-    with says(ValueError, "none of", "'model/layers_0/bias'", "'layers_0/bias'"):
-        call(af.scale_by_adafisher(ELSEWHERE))
+    with says(ValueError, "does not know", "'layers_0/bias'", "'model/layers_0/bias'"):
+        call(af.scale_by_adafisher(ELSEWHERE, rule="paper"))
+
+
+GROWN = {**PARAMS, "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: af.adafisher(3e-2, LAYOUT, rule="centered").init(GROWN),
+        lambda: af.scale_by_adafisher(LAYOUT, rule="paper").update(GROWN, None, factors=None),
+        lambda: af.value_and_grad(LOSS, LAYOUT)(GROWN, X),
+    ],
+)
+def test_a_model_that_grew(call):
+    """Some of its parameters may be masked; new ones would silently have no layer."""
+    cure = "layout = adafisher_jax.trace_layout(loss_fn, params, ...)"
+    with says(ValueError, "does not know", "'head/bias', 'head/kernel'", cure):
+        call()
+
+
+def test_parameters_without_a_layer_are_known():
+    def loss(params, x):
+        return LOSS(params["model"], x * params["scale"])
+
+    params = {"model": PARAMS, "scale": jnp.ones((1, 3))}
+    layout = af.trace_layout(loss, params, X)
+    assert [row.leaf.path for row in layout.uncovered] == ["scale"]
+    state = af.adafisher(3e-2, layout, rule="centered").init({"scale": params["scale"]})
+    assert optax.tree.get(state, "factors") == {}
 
 
 # Factors.
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda tx: tx, lambda tx: optax.chain(tx), lambda tx: optax.apply_if_finite(tx, 3)]
+)
+def test_factors_left_out(wrap):
+    """While it is traced; so it runs on none of them."""
+    tx = wrap(af.adafisher(3e-2, LAYOUT, rule="centered"))
+    cures = "tx.update(grads, opt_state, params, factors=factors)", "factors=None", "wrapper"
+    with says(TypeError, "got no keyword factors", *cures):
+        jax.eval_shape(tx.update, PARAMS, tx.init(PARAMS), PARAMS)
+    jax.eval_shape(functools.partial(tx.update, factors=None), PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_factors_left_out_of_nnxs_optimizer():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    layout = af.nnx.trace_layout(lambda model, x: jnp.mean(model(x)), model, X)
+    tx = af.adafisher(3e-2, layout, rule="centered")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.state(model, nnx.Param)
+    with says(TypeError, "got no keyword factors"):
+        optimizer.update(model, grads)
+    optimizer.update(model, grads, factors=None)
+
+
+def test_without_a_layout_no_factors_are_asked_for():
+    tx = af.adafisher(3e-2, None, rule="centered")
+    found = [tx.update(PARAMS, tx.init(PARAMS), **e)[0] for e in ({}, {"factors": captured()[1]})]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_a_missing_layer():
@@ -181,11 +289,102 @@ def test_factors_that_are_no_factor(bad):
         update({**captured()[1], "layers_0": bad})
 
 
+# Losses.
+
+
+MODULES = [net(), nnx.Linear(3, 2, rngs=nnx.Rngs(0))]
+
+
+@pytest.mark.parametrize("bad", [*MODULES, LAYOUT, None], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("framework", [af, af.nnx])
+def test_a_loss_that_is_no_function(framework, bad):
+    cure = "lambda params, x: jnp.mean(model.apply(params, x) ** 2)"
+    for call in (
+        lambda: framework.trace_layout(bad, PARAMS, X),
+        lambda: framework.value_and_grad(bad, LAYOUT),
+    ):
+        with says(TypeError, "loss_fn", f"got {type(bad).__name__}", "a function", cure):
+            call()
+
+
+def test_parameters_of_the_other_library():
+    loss = lambda model, x: jnp.mean(model(x))  # noqa: E731
+    for params in (MODULES[1], {"a": MODULES[1]}):
+        for call in (af.trace_layout, lambda f, *args: af.value_and_grad(f, LAYOUT)(*args)):
+            with says(TypeError, "params", "nnx.Module", "adafisher_jax.nnx.trace_layout"):
+                call(loss, params, X)
+    for call in (af.nnx.trace_layout, lambda f, *args: af.nnx.value_and_grad(f, LAYOUT)(*args)):
+        with says(TypeError, "model", "dict", "nnx.Module", "adafisher_jax.value_and_grad"):
+            call(LOSS, PARAMS, X)
+    with says(TypeError, "params", "a module", 'model.init(key, x)["params"]'):
+        af.trace_layout(LOSS, net(), X)
+
+
+@pytest.mark.parametrize(
+    ("returns", "got"),
+    [
+        (lambda value: value, "an array of shape ()"),
+        (lambda value: [value, 1], "list"),
+        (lambda value: (value, 1, 2), "tuple"),
+        (lambda value: (value[None], 1), "a pair of which the first is an array of shape (1,)"),
+    ],
+)
+def test_a_loss_without_the_pair_that_has_aux_promises(returns, got):
+    model = MODULES[1]
+    for call in (
+        lambda: af.trace_layout(lambda p, x: returns(LOSS(p, x)), PARAMS, X, has_aux=True),
+        lambda: af.value_and_grad(lambda p, x: returns(LOSS(p, x)), LAYOUT, True)(PARAMS, X),
+        lambda: af.nnx.trace_layout(lambda m, x: returns(jnp.mean(m(x))), model, X, has_aux=True),
+    ):
+        with says(TypeError, "loss_fn", f"returns {got}", "has_aux=True", "(scalar, aux)"):
+            call()
+
+
+def test_a_layout_takes_has_aux_as_the_gradient_does():
+    with_aux = lambda p, x: (LOSS(p, x), {"x": x, "name": "text"})  # noqa: E731
+    assert af.trace_layout(with_aux, PARAMS, X, has_aux=True) == LAYOUT
+    assert af.trace_layout(with_aux, PARAMS, X) == LAYOUT
+
+
+class Named(nn.Module):
+    """As data-parallel code has it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, axis_name="data")(nn.Dense(4)(x))
+        return nn.Dense(2)(x)
+
+
+def test_a_mapped_axis_that_is_not_there():
+    """The message's own recipe gives the layout, and the gradient where the axis is there."""
+
+    def loss_fn(params, x):
+        return jnp.mean(Named().apply({"params": params}, x, mutable=["batch_stats"])[0])
+
+    init = jax.vmap(lambda x: Named().init(jax.random.key(0), x), axis_name="data", out_axes=None)
+    params = init(X[None])["params"]
+    cure = "jax.vmap(loss_fn, (None, 0), axis_name='data'), params, x[None])"
+    with says(ValueError, "'data'", "nn.BatchNorm(axis_name=...)", cure):
+        af.trace_layout(loss_fn, params, X)
+    layout = af.trace_layout(jax.vmap(loss_fn, (None, 0), axis_name="data"), params, X[None])
+    assert layout.covered == 1
+    grad_fn = af.value_and_grad(loss_fn, layout)
+    with says(ValueError, "'data'", "shard_map or pmap"):
+        grad_fn(params, X)
+    _, _, factors = jax.vmap(grad_fn, (None, 0), axis_name="data")(params, jnp.stack([X, 2 * X]))
+    assert factors.keys() == {"BatchNorm_0", "Dense_0", "Dense_1"}
+
+
+def test_a_name_that_the_loss_does_not_know_is_its_own_error():
+    with pytest.raises(NameError, match="unknown_name"):
+        af.trace_layout(lambda p, x: unknown_name, PARAMS, X)  # noqa: F821
+
+
 # Captures.
 
 
 def empty_losses():
-    mean = lambda p, x: jnp.mean(x @ p["w"])  # noqa: E731
+    mean = lambda p, x: jnp.mean(x * jnp.sum(p["w"]))  # noqa: E731
     return {
         "no module": (mean, {"w": jnp.ones((3, 2))}),
         "a constant": (lambda p, x: jnp.mean(x), PARAMS),
@@ -199,16 +398,17 @@ def empty_losses():
 @pytest.mark.parametrize("how", empty_losses())
 def test_an_empty_capture(how):
     loss, params = empty_losses()[how]
-    with says(ValueError, "the capture met no layer", "Flax", "adafisher_jax.tap"):
+    with says(ValueError, "the capture met no layer", "Flax", "multiplies none"):
         af.trace_layout(loss, params, X)
+    unknown = tuple(af.Uncovered(af.Leaf(path, ()), "") for path in by_path(params)[0])
     with says(ValueError, "the capture met no layer"):
-        af.value_and_grad(loss, af.Layout(()))(params, X)
+        af.value_and_grad(loss, af.Layout((), unknown))(params, X)
 
 
 def test_a_gradient_with_another_models_layout():
     with says(ValueError, "'layers_0/", "5", "7", "another model"):
         af.value_and_grad(LOSS, OTHER_LAYOUT)(PARAMS, X)
-    with says(ValueError, "none of", "'model/layers_0/bias'", "'layers_0/bias'"):
+    with says(ValueError, "does not know", "'layers_0/bias'", "'model/layers_0/bias'"):
         af.value_and_grad(LOSS, ELSEWHERE)(PARAMS, X)
 
 
@@ -294,7 +494,7 @@ def test_an_argument_too_many_and_a_loss_that_is_no_scalar():
 
 
 def test_a_wrapped_transformation_raises_too():
-    tx = optax.chain(optax.clip(1.0), af.adafisher(1e-3, LAYOUT))
+    tx = optax.chain(optax.clip(1.0), af.adafisher(1e-3, LAYOUT, rule="paper"))
     grads, factors = captured()
     with says(ValueError, "'layers_2'", "missing"):
         tx.update(grads, tx.init(PARAMS), PARAMS, factors={"layers_0": factors["layers_0"]})

@@ -238,7 +238,7 @@ def test_a_run_records_what_it_did(tmp_path):
     assert list(folder.glob("events.out.tfevents.*"))
     # Asked again, it tells what it found.
     assert run.run(stopping(TASK, 0), given) == result
-    with pytest.raises(ValueError, match=r"has rate 0.01, now 0.1; steps 10, now 20"):
+    with pytest.raises(ValueError, match=r"has rate 0.03, now 0.1; steps 10, now 20"):
         run.run(TASK, dataclasses.replace(given, rate=0.1, steps=20))
 
 

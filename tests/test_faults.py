@@ -130,20 +130,81 @@ def test_without_damping_an_input_that_is_always_zero_is_not_stepped(rule):
     assert np.any(before != after)
 
 
+class Empty(nn.Module):
+    """Layers without inputs, without outputs, without channels, and stacked ones without either."""
+
+    @nn.compact
+    def __call__(self, x):
+        zeros = nn.initializers.zeros
+        outputs = nn.Dense(0, kernel_init=zeros, name="no_outputs")(x)
+        inputs = nn.Dense(2, kernel_init=zeros, name="no_inputs")(outputs)
+        channels = nn.Conv(2, (2,), kernel_init=zeros, name="no_channels")(outputs[:, None])
+        scan = functools.partial(nn.scan, variable_axes={"params": 0}, split_rngs={"params": True})
+        stacked = scan(EmptyBlock, length=2)(name="stacked")(x, None)[0]
+        return nn.Dense(2, name="full")(jnp.tanh(stacked)) + inputs + channels[:, 0]
+
+
+class EmptyBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        nothing = nn.Dense(0, kernel_init=nn.initializers.zeros)(x)
+        return nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros)(nothing) + x, None
+
+
 @any_rule
-def test_a_layer_may_have_no_inputs(rule):
-    x, model = jnp.ones((4, 0)), nn.Dense(2, kernel_init=nn.initializers.zeros)
-    params = model.init(jax.random.key(0), x)
+def test_an_axis_of_length_zero_is_no_fault(rule):
+    """Its layer is refreshed like any other; not even an intermediate result is nan."""
+    params = Empty().init(jax.random.key(0), X)["params"]
 
     def loss(params, x):
-        return jnp.mean(jnp.square(model.apply(params, x) - 1))
+        return jnp.mean(jnp.square(Empty().apply({"params": params}, x) - 1))
 
-    layout = af.trace_layout(loss, params, x)
-    _, grads, factors = af.value_and_grad(loss, layout)(params, x)
+    layout = af.trace_layout(loss, params, X)
     tx = af.scale_by_adafisher(layout, rule=rule)
-    updates, _ = tx.update(grads, tx.init(params), factors=factors)
-    assert updates["params"]["kernel"].shape == (0, 2)
-    assert np.all(updates["params"]["bias"] < 0)
+    state = start = tx.init(params)
+    with jax.debug_nans(True):
+        for _ in range(2):
+            _, grads, factors = af.value_and_grad(loss, layout)(params, X)
+            updates, state = tx.update(grads, state, factors=factors)
+    assert set(by_layer(state).values()) == {0}
+    assert not np.any(state.ages)
+    assert len(state.slots) == 6
+    for path, slot in state.slots.items():
+        assert np.all(slot != start.slots[path]), path
+    assert_finite((start, state, updates))
+    assert updates["no_inputs"]["kernel"].shape == (0, 2)
+    assert np.all(updates["no_inputs"]["bias"] < 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "everywhere"),
+    [
+        (af.scale_by_adafisher, jnp.float32, False),
+        (af.scale_by_adafisher, jnp.float16, True),
+        (functools.partial(af.adafisherw, 10.0, weight_decay=0.1), jnp.float32, True),
+        (functools.partial(af.adafisherw, 10.0, weight_decay=0.1), jnp.bfloat16, False),
+    ],
+)
+@any_rule
+def test_where_a_step_would_not_be_finite_there_is_none(rule, make, dtype, everywhere):
+    """Of gradients as large as their type has room for."""
+    shapes = {**random_tree(np.random.default_rng(0), *LAYERS), "free": jnp.ones((3, 2))}
+    params = jax.tree.map(lambda a: a.astype(dtype), shapes)
+    most = 0.98 * float(jnp.finfo(dtype).max)
+
+    def spoil(a):
+        return jnp.where(everywhere | (jnp.arange(a.size) < 1), most, a.ravel()).reshape(a.shape)
+
+    huge = jax.tree.map(lambda a: spoil(a).astype(dtype), params)
+    tx = make(layout=layout_of(*LAYERS, free=(3, 2)), rule=rule)
+    factors = random_factors(np.random.default_rng(0), *LAYERS)
+    update, state = quick_jit(tx.update), tx.init(params)
+    for grads in (huge, huge, params):
+        updates, state = update(grads, state, params, factors=factors)
+        assert_finite((updates, state))
+    assert jax.tree.map(jnp.result_type, updates) == jax.tree.map(jnp.result_type, params)
+    if rule != "centered" and not everywhere:  # which has one size for all of a parameter
+        assert np.all(np.asarray(updates["free"]).ravel()[1:] != 0)
 
 
 @any_rule
@@ -163,7 +224,7 @@ def test_an_empty_micro_batch_takes_no_part(rule):
 )
 @any_rule
 def test_a_momentum_its_type_cannot_hold_is_not_stored(rule, dtype, bad):
-    tx = af.scale_by_adafisher(rule=rule, mu_dtype=dtype)
+    tx = af.scale_by_adafisher(None, rule=rule, mu_dtype=dtype)
     grads = {"w": jnp.array([1.0, -20.0, 5.0]), "v": jnp.ones(2)}
     update = jax.jit(tx.update)
     _, before = update(grads, tx.init(grads))
@@ -248,7 +309,7 @@ def soak_step(tx, carry, inputs):
     factors = jax.tree.map(lambda a: jnp.where(fault == ABSENT, 0, a), factors)
     updates, state = jax.lax.cond(
         fault == NO_FACTORS,
-        lambda: tx.update(grads, state, params),
+        lambda: tx.update(grads, state, params, factors=None),
         lambda: tx.update(grads, state, params, factors=factors),
     )
     params = optax.apply_updates(params, updates)
@@ -279,7 +340,7 @@ def test_twenty_thousand_steps_with_random_faults(rule):
 
 def test_counts_are_in_the_order_of_the_factors_whatever_the_order_of_the_layers():
     layers = [make_layer(name, "dense", (3, 4), "in0 out0") for name in ("b", "a")]
-    tx = af.scale_by_adafisher(af.Layout(tuple(layers)))
+    tx = af.scale_by_adafisher(af.Layout(tuple(layers)), rule="paper")
     grads = random_tree(np.random.default_rng(0), *layers)
     factors = random_factors(np.random.default_rng(0), *layers)
     factors["a"] = factors["a"]._replace(s=factors["a"].s * jnp.nan)

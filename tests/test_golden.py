@@ -39,7 +39,7 @@ def run(archive, rule, refresh_every):
     @jax.jit
     def plain(params, state, x, y):
         loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, factors=None)
         return optax.apply_updates(params, updates), state, loss
 
     state = tx.init(params)

@@ -62,7 +62,7 @@ heads/kernel         dense      4    2×3  -        yes
 norm/bias            norm       -    4    -        yes
 norm/scale           norm       -    4    -        yes
 shift                -          -    4    -        no: no layer of a known kind uses it as it is
-97.5% of 201 parameters under a Fisher block"""
+97.5% of 201 parameters under a Fisher block, others get momentum ("centered": over an RMS)"""
 
 
 def test_it_prints_as_a_table():
@@ -113,6 +113,17 @@ def test_two_traces_of_one_model_are_equal():
     assert hash(again) == hash(layout())
     assert str(again) == str(layout())
     assert len({again, layout()}) == 1
+
+
+def test_layers_may_be_left_out():
+    """Their parameters are known, and uncovered."""
+    some = layout().only(["conv", "norm"])
+    assert [layer.path for layer in some.layers] == ["conv", "norm"]
+    assert {leaf.path for leaf in some.leaves} == {leaf.path for leaf in layout().leaves}
+    (row,) = (line for line in str(some).splitlines() if line.startswith("embed/embedding"))
+    assert row.split() == ["embed/embedding", "-", "-", "9×4", "-", "no:", "left", "out"]
+    assert af.adafisher(3e-2, some, rule="centered").init(PARAMS)
+    assert layout().only(layer.path for layer in layout().layers) == layout()
 
 
 def without_the_first_layer(full, reason):

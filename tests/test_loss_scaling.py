@@ -193,7 +193,7 @@ def test_types_are_stable_whatever_the_parameters_are(rule, dtype, mu_dtype):
 @any_rule
 def test_a_complex_parameter_is_stepped_by_the_fallback(rule):
     g = jnp.array([3.0 + 4.0j, -1.0j])
-    tx = af.scale_by_adafisher(rule=rule, b1=0.5)
+    tx = af.scale_by_adafisher(None, rule=rule, b1=0.5)
     updates, state = tx.update({"w": g}, tx.init({"w": g}))
     size = np.sqrt((25 + 1) / 2) if rule == "centered" else 1.0
     np.testing.assert_allclose(updates["w"], g / size, rtol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 
 import adafisher_jax as af
 from tests.every_rule import every_rule
-from tests.reference import Dense, assert_factors, fast_jit, random_params
+from tests.reference import Dense, assert_factors, fast_jit, random_like, random_params
 
 F64 = jnp.float64
 ROWS = 6
@@ -300,6 +300,65 @@ def test_random_keys_are_one_for_each_micro_batch(x64):
             lambda p: (accumulated(p, X.reshape(3, 2, 3), keys), looped(grad_fn, layout, p, calls))
         )(params)
     )
+
+
+def noisy_params(model):
+    key = jax.random.key(0)
+    return random_like(jax.eval_shape(model.init, {"params": key, "dropout": key}, X)["params"])
+
+
+def test_a_key_that_is_closed_over_is_that_of_every_micro_batch(x64):
+    model = nn.Sequential([Dense(4), nn.Dropout(0.5, deterministic=False), Dense(2)])
+
+    def both(params, key, count):
+        def loss_fn(params, x):
+            rngs = {"dropout": jax.random.fold_in(key, count)}
+            return jnp.mean(waves(model.apply({"params": params}, x, rngs=rngs)))
+
+        layout = af.trace_layout(loss_fn, params, X[:2])
+        grad_fn = af.value_and_grad(loss_fn, layout)
+        calls = [(1 / 3, x) for x in split(X, EQUAL)]
+        accumulated = af.accumulate(grad_fn, layout)(params, X.reshape(3, 2, 3))
+        return accumulated, looped(grad_fn, layout, params, calls)
+
+    assert_same(*fast_jit(both)(noisy_params(model), jax.random.key(1), jnp.int32(7)))
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(False, momentum=0.9, param_dtype=F64, name="norm")(Dense(4)(x))
+        return Dense(2)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+def test_masks_and_running_statistics(x64):
+    """A key for each; all start from one set of statistics, which the stack's mean moves once."""
+    keys, params = jax.random.split(jax.random.key(0), 3), noisy_params(Noisy())
+    stats = {"norm": {"mean": np.arange(4.0), "var": np.arange(1.0, 5.0)}}
+
+    def loss_fn(params, x, key, stats):
+        variables = {"params": params, "batch_stats": stats}
+        y, new = Noisy().apply(variables, x, rngs={"dropout": key}, mutable="batch_stats")
+        return jnp.mean(waves(y)), new["batch_stats"]
+
+    layout = af.trace_layout(loss_fn, params, X[:2], keys[0], stats)
+    grad_fn = af.value_and_grad(loss_fn, layout, has_aux=True)
+    summed = af.accumulate(lambda *args: grad_fn(*args, stats), layout)
+    calls = [(1 / 3, x, key, stats) for x, key in zip(split(X, EQUAL), keys, strict=True)]
+
+    def without_aux(params, *args):
+        (loss, _), *rest = grad_fn(params, *args)
+        return loss, *rest
+
+    ((loss, stack), *rest), expected = fast_jit(
+        lambda p: (summed(p, X.reshape(3, 2, 3), keys), looped(without_aux, layout, p, calls))
+    )(params)
+    assert_same((loss, *rest), expected)
+    y = Dense(4).apply({"params": params["Dense_0"]}, X).reshape(3, 2, 4)
+    seen = {"mean": y.mean(1), "var": y.var(1)}
+    for name, old in stats["norm"].items():
+        moved = 0.9 * old + 0.1 * np.mean(seen[name], 0)
+        np.testing.assert_allclose(stack["norm"][name].mean(0), moved, rtol=1e-10)
 
 
 def test_auxiliary_data_come_back_as_a_stack(x64):

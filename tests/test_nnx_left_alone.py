@@ -1,6 +1,7 @@
 """NNX models and Flax's classes are left as they were; what cannot be captured is refused."""
 
 import contextlib
+import functools
 import threading
 from unittest import mock
 
@@ -179,7 +180,10 @@ REFUSED = {
         (TypeError, "model: got State, wanted an nnx.Module"),
     ),
     "no layout": (lambda: step_with({}), (TypeError, "layout: got dict, wanted a Layout")),
-    "another model's layout": (lambda: step_with(another_layout()), (ValueError, "one/kernel")),
+    "another model's layout": (
+        lambda: step_with(another_layout()),
+        (ValueError, "as 'one/bias'.*another model"),
+    ),
     "a wider model's layout": (lambda: step_with(wider()), (ValueError, "up/")),
     "an integer": (
         lambda: af.nnx.trace_layout(loss_of, Integer(nnx.Rngs(0)), inputs_of(X)),
@@ -201,3 +205,44 @@ def test_what_is_refused(what):
     run, (error, message) = REFUSED[what]
     with pytest.raises(error, match=message):
         run()
+
+
+# A variable that is differentiated, and is another argument too.
+
+
+TWICE = {  # further arguments, and what is found there
+    "the model": (lambda model: ((model,), {}), "'down/bias' is 'args/0/down/bias'"),
+    "a layer": (lambda model: ((), {"other": [model.up]}), "'up/bias' is 'kwargs/other/0/bias'"),
+    "a parameter": (lambda model: ((model.up.kernel,), {}), "'up/kernel' is 'args/0'"),
+    "random numbers": (
+        lambda model: ((model.dropout.rngs,), {}), "'dropout/rngs/count' is 'args/0/count'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TWICE)
+def test_what_is_given_twice_is_refused_as_flax_does(what):
+    make, message = TWICE[what]
+    model, x = random_model(lambda rngs: Block(rngs, dropout=0.5)), inputs_of(X)
+    args, kwargs = make(model)
+
+    def loss_fn(model, one=None, other=None):
+        return loss_of(model, x)
+
+    layout = af.nnx.trace_layout(loss_of, model, x)
+    with pytest.raises(ValueError, match="Inconsistent aliasing"):
+        nnx.value_and_grad(loss_fn)(model, *args, **kwargs)
+    grad_fn = af.nnx.value_and_grad(loss_fn, layout)
+    trace = functools.partial(af.nnx.trace_layout, loss_fn)
+    for run in (grad_fn, trace, af.nnx.accumulate(grad_fn, layout)):
+        with pytest.raises(ValueError, match=f"inconsistent aliasing: .*{message}.*nnx.clone"):
+            run(model, *args, **kwargs)
+
+
+def test_other_arguments_may_share():
+    model, teacher, x = random_model(Block), random_model(Other), inputs_of(X)
+
+    def loss_fn(model, one, two):
+        return scalar(model(x) - one(x) * two(x))
+
+    captured(loss_fn, model, teacher, teacher)

@@ -117,7 +117,12 @@ QUICK |= {("adafisher with layout", rule) for rule in RATES}
 OPTIMIZERS = [
     pytest.param(
         name,
-        {"learning_rate": RATES[rule], "rule": rule, "damping": DAMPING[rule]},
+        {
+            "learning_rate": RATES[rule],
+            "layout": None,
+            "rule": rule,
+            "damping": DAMPING[rule],
+        },
         None,
         None,
         id=f"{name}-{rule}",
@@ -127,7 +132,13 @@ OPTIMIZERS = [
     for rule in RATES
 ]
 OPTIMIZERS += [
-    pytest.param("adafisher with layout", options | {"rule": "centered"}, wrapper, more, id=wrapper)
+    pytest.param(
+        "adafisher with layout",
+        options | {"layout": None, "rule": "centered"},
+        wrapper,
+        more,
+        id=wrapper,
+    )
     for wrapper, options, more in [
         ("mechanize", {"learning_rate": 1.0}, {"weight_decay": 0.0}),
         ("schedule_free", {"learning_rate": 1e-2, "b1": 0.0}, {"learning_rate": 1e-2}),

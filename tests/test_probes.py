@@ -337,7 +337,7 @@ def test_layers_outside_the_layout_cost_nothing(x):
     params = {"a": random_params(Dense(3), x), "b": random_params(Dense(2), x)}
     dense = lambda n, p, x: Dense(n).apply({"params": p}, x)  # noqa: E731
     loss_fn = lambda p, x: scalar(dense(2, p["b"], dense(3, p["a"], x)))  # noqa: E731
-    grad_fn = af.value_and_grad(loss_fn, af.Layout(()))
+    grad_fn = af.value_and_grad(loss_fn, af.trace_layout(loss_fn, params, x).only(()))
     value, grads, factors = grad_fn(params, x)
     assert factors == {}
     jax.tree.map(

@@ -1,16 +1,12 @@
 """A product of a parameter with data is a layer, whoever wrote it and however."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-import adafisher_jax as af
-
-from .plain_programs import check, plain_loss
+from .plain_programs import check
 
 RNG = np.random.default_rng(7)
 
@@ -156,24 +152,18 @@ CHANGED = {
 }
 
 CAST = {
-    "dense": one(
-        lambda x, w: x @ w, real(4, 3), np.float32(real(3, 5)), (0,), by=jnp.float64
-    ),
+    "dense": one(lambda x, w: x @ w, real(4, 3), np.float32(real(3, 5)), (0,), by=jnp.float64),
     "lookup": one(lambda i, t: t[i], ids(7, 3, 5), np.float32(real(7, 4)), (0,), by=jnp.float64),
 }
 
 BIASED = {
     "x @ w + b": one(lambda x, w: x @ w, real(4, 3), real(3, 5), (0,), real(5)),
-    "b + x @ w": one(
-        lambda x, w: x @ w, real(4, 3), real(3, 5), (0,), real(5), lambda y, b: b + y
-    ),
+    "b + x @ w": one(lambda x, w: x @ w, real(4, 3), real(3, 5), (0,), real(5), lambda y, b: b + y),
     "one output": one(lambda x, w: x @ w, real(4, 3), real(3, 1), (0,), real(1)),
     "one row": one(lambda x, w: x @ w, real(1, 3), real(3, 5), (0,), real(5)),
     "no rows": one(lambda x, w: w @ x, real(3), real(5, 3), (1,), real(5)),
     "an axis of size one": one(lambda x, w: x @ w, real(4, 3), real(3, 5), (0,), real(1, 5)),
-    "several axes": one(
-        einsum("btd,dnh->btnh"), real(2, 4, 3), real(3, 2, 5), (0,), real(2, 5)
-    ),
+    "several axes": one(einsum("btd,dnh->btnh"), real(2, 4, 3), real(3, 2, 5), (0,), real(2, 5)),
     "rows last": one(
         lambda x, w: jnp.einsum("btd,dnh->bnth", x, w),
         real(2, 4, 3),
@@ -231,9 +221,7 @@ BIASED = {
         real(5),
         lambda y, b: y.astype(jnp.float32).astype(jnp.float64) + b,
     ),
-    "masked": one(
-        lambda x, w: x @ w, real(4, 3), real(3, 5), (0,), real(5), by=lambda w: w * MASK
-    ),
+    "masked": one(lambda x, w: x @ w, real(4, 3), real(3, 5), (0,), real(5), by=lambda w: w * MASK),
     "channels first": one(
         lambda x, w: lax.conv(x, w, (1, 1), "SAME"),
         real(2, 3, 6, 5),
@@ -301,9 +289,7 @@ CONVOLUTIONS = {
     "strides, uneven padding": conv(
         NCHW, (2, 3, 7, 6), (4, 3, 3, 2), 0, window_strides=(2, 3), padding=((1, 0), (2, 1))
     ),
-    "padding below zero": conv(
-        NHWC, (2, 8, 9, 3), (3, 2, 3, 4), 3, padding=((-1, 0), (-2, -1))
-    ),
+    "padding below zero": conv(NHWC, (2, 8, 9, 3), (3, 2, 3, 4), 3, padding=((-1, 0), (-2, -1))),
     "dilations": conv(
         NHWC,
         (2, 4, 5, 3),
@@ -317,9 +303,7 @@ CONVOLUTIONS = {
     "groups, channels first": conv(NCHW, (2, 6, 4, 5), (9, 2, 3, 2), 0, feature_group_count=3),
     "depthwise": conv(NHWC, (2, 4, 5, 6), (3, 2, 1, 6), 3, feature_group_count=6),
     "one dimension": conv(("NWC", "WIO", "NWC"), (2, 9, 3), (3, 3, 4), 2),
-    "three dimensions": conv(
-        ("NCDHW", "OIDHW", "NCDHW"), (2, 3, 4, 3, 3), (4, 3, 2, 2, 3), 0
-    ),
+    "three dimensions": conv(("NCDHW", "OIDHW", "NCDHW"), (2, 3, 4, 3, 3), (4, 3, 2, 2, 3), 0),
     "no dimension": conv(("NC", "IO", "NC"), (2, 3), (3, 4), 1),
     "one position": conv(NCHW, (2, 3, 1, 1), (4, 3, 1, 1), 0),
     "transposed convolution": one(
@@ -389,7 +373,11 @@ TABLES = {
         lambda i, t: t.at[i].get(mode="promise_in_bounds"), ids(7, 3), real(7, 4), (0,)
     ),
     "one table each": one(
-        lambda i, t: jax.vmap(lambda i, t: t[i])(i, t), ids(7, 2, 5), real(2, 7, 4), (1,), batch=(0,)
+        lambda i, t: jax.vmap(lambda i, t: t[i])(i, t),
+        ids(7, 2, 5),
+        real(2, 7, 4),
+        (1,),
+        batch=(0,),
     ),
     "one table each, the last axis": one(
         lambda i, t: jax.vmap(lambda i, t: t[i], (0, 2))(i, t),

@@ -165,7 +165,7 @@ def test_a_schedule_equals_leaving_factors_out(rule, x):
     @functools.partial(fast_jit, static_argnums=2)
     def chosen(params, state, due):
         _, grads, factors = af.value_and_grad(loss_fn, layout)(params, x)
-        updates, state = tx.update(grads, state, params, **({"factors": factors} if due else {}))
+        updates, state = tx.update(grads, state, params, factors=factors if due else None)
         return optax.apply_updates(params, updates), state
 
     one = two = params, tx.init(params)

@@ -406,8 +406,8 @@ def test_updates_and_state_stay_finite_whatever_the_factors(sequence, rule):
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=4), st.sampled_from(RULES))
 def test_updates_are_minus_the_learning_rate_times_the_direction(rates, rule):
     schedule = jnp.asarray(rates, jnp.float32)
-    tx = af.adafisher(lambda count: schedule[count], rule=rule)
-    plain = af.scale_by_adafisher(rule=rule)
+    tx = af.adafisher(lambda count: schedule[count], None, rule=rule)
+    plain = af.scale_by_adafisher(None, rule=rule)
     grads = {"w": jnp.array([1.0, -2.0])}
     state, plain_state = tx.init(grads), plain.init(grads)
     for rate in rates:

@@ -53,10 +53,18 @@ def test_steps_are_those_of_optax(rule):
     assert not np.allclose(state.params["a"]["bias"], PARAMS["a"]["bias"])
 
 
-def test_without_factors_it_is_flaxs_own():
-    ours, flaxs = create(), create(kind=train_state.TrainState)
-    ours = ours.apply_gradients(grads=data(0)[0])
-    flaxs = flaxs.apply_gradients(grads=data(0)[0])
+@pytest.mark.parametrize("kind", [af.TrainState, train_state.TrainState])
+def test_factors_left_out_are_an_error_of_any_train_state(kind):
+    with pytest.raises(TypeError, match="got no keyword factors"):
+        create(kind=kind).apply_gradients(grads=data(0)[0])
+
+
+def test_factors_may_be_left_out_where_there_are_no_layers():
+    tx, grads = af.adafisher(0.1, None, rule="centered"), data(0)[0]
+    ours, flaxs = (
+        kind.create(apply_fn=None, params=PARAMS, tx=tx).apply_gradients(grads=grads)
+        for kind in (af.TrainState, train_state.TrainState)
+    )
     equal((ours.params, ours.opt_state), (flaxs.params, flaxs.opt_state))
 
 

@@ -46,9 +46,9 @@ def inside(state):
 
 
 @functools.cache
-def updates_of(make, **options):
+def updates_of(make, rule="paper", **options):
     """The updates of an alias at a learning rate of 0.1; made once."""
-    return run(make(0.1, LAYOUT, **options))[0]
+    return run(make(0.1, LAYOUT, rule=rule, **options))[0]
 
 
 def close(a, b, rtol=1e-5, **options):
@@ -72,7 +72,7 @@ def test_coupled_decay_joins_the_gradient():
     def decayed(grads):
         return jax.tree.map(lambda g, p: g + 0.3 * p, grads, PARAMS)
 
-    expected, _ = run(af.adafisher(0.1, LAYOUT), change=decayed)
+    expected, _ = run(af.adafisher(0.1, LAYOUT, rule="paper"), change=decayed)
     found = updates_of(af.adafisher, weight_decay=0.3)
     close(found, expected)
 
@@ -98,7 +98,7 @@ MASKS = {
 @both
 def test_a_mask_says_what_decays(make, mask):
     plain = updates_of(make, weight_decay=0.0)
-    masked, _ = run(make(0.1, LAYOUT, weight_decay=0.3, mask=MASKS[mask]))
+    masked, _ = run(make(0.1, LAYOUT, rule="paper", weight_decay=0.3, mask=MASKS[mask]))
     everywhere = updates_of(make, weight_decay=0.3)
     decays = MASKS[mask](PARAMS) if callable(MASKS[mask]) else MASKS[mask]
     decays = {"a/weight": True, "a/bias": False, "b/weight": False} | {
@@ -115,20 +115,19 @@ def test_a_mask_says_what_decays(make, mask):
 
 @both
 def test_without_decay_no_parameters_are_needed(make):
-    tx = make(0.1, LAYOUT, weight_decay=0.0)
+    tx = make(0.1, LAYOUT, rule="paper", weight_decay=0.0)
     grads, factors = data(0)
     updates, _ = tx.update(grads, tx.init(PARAMS), factors=factors)
     close(updates, updates_of(make, weight_decay=0.0)[0])
+    decayed = make(0.1, LAYOUT, rule="paper", weight_decay=0.1)
     with pytest.raises(ValueError, match="params"):
-        make(0.1, LAYOUT, weight_decay=0.1).update(
-            grads, make(0.1, LAYOUT, weight_decay=0.1).init(PARAMS), factors=factors
-        )
+        decayed.update(grads, decayed.init(PARAMS), factors=factors)
 
 
 @both
 def test_the_learning_rate_may_be_a_schedule(make):
     schedule = optax.piecewise_constant_schedule(0.1, {1: 0.5})
-    found, _ = run(make(schedule, LAYOUT))
+    found, _ = run(make(schedule, LAYOUT, rule="paper"))
     for rate, updates, one in zip((1.0, 0.5), found, updates_of(make), strict=True):
         close(updates, jax.tree.map(lambda u, rate=rate: rate * u, one))
 
@@ -163,6 +162,20 @@ def test_bfloat16_parameters_keep_float32_averages(rule):
         np.testing.assert_allclose(np.float32(a), b, atol=0.05 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("rate", [0.1, np.float32(0.1), jnp.float32(0.1), lambda count: 0.1])
+@both
+def test_updates_have_the_gradients_types(make, rate):
+    """Also where the decay and the rate are in another, and the parameters."""
+    half = functools.partial(jax.tree.map, lambda a: a.astype(jnp.bfloat16))
+    tx = make(rate, LAYOUT, rule="centered", weight_decay=0.1)
+    found, _ = run(tx, steps=1, change=half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    exact, _ = run(tx, steps=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(exact)} == {jnp.dtype(jnp.float32)}
+    for a, b in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+        np.testing.assert_allclose(np.float32(a), b, atol=0.05 * np.abs(b).max())
+
+
 @flax.struct.dataclass
 class Bag:
     a: dict
@@ -171,7 +184,7 @@ class Bag:
 
 @pytest.mark.parametrize("box", [FrozenDict, lambda tree: Bag(**tree)], ids=["FrozenDict", "Bag"])
 def test_parameters_keep_their_container(box):
-    found, state = run(af.adafisherw(0.1, LAYOUT), params=box(PARAMS), change=box)
+    found, state = run(af.adafisherw(0.1, LAYOUT, rule="paper"), params=box(PARAMS), change=box)
     expected = updates_of(af.adafisherw)
     assert jax.tree.structure(found[0]) == jax.tree.structure(box(PARAMS))
     close(jax.tree.leaves(found), jax.tree.leaves(expected))

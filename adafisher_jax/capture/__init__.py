@@ -5,8 +5,21 @@ from adafisher_jax.capture.gradient import (
     Form,
     check_layout,
     condition,
+    means_of,
+    probed,
+    probes_of,
     trace_layout,
     value_and_grad,
 )
 
-__all__ = ["DIAGONAL", "Form", "check_layout", "condition", "trace_layout", "value_and_grad"]
+__all__ = [
+    "DIAGONAL",
+    "Form",
+    "check_layout",
+    "condition",
+    "means_of",
+    "probed",
+    "probes_of",
+    "trace_layout",
+    "value_and_grad",
+]

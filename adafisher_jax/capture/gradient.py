@@ -1,7 +1,8 @@
 """Capturing a loss: its layout, and its gradients together with its factors.
 
 A loss is traced once, with the layers that are known by name leaving marks. The traced program
-tells which parameters they use and which it multiplies by; given probes there, it is differentiated.
+tells which parameters they use and which it multiplies by. Given probes there, it is
+differentiated.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from adafisher_jax.capture.reach import places_reached
 from adafisher_jax.capture.uses import Uses, read_uses
 from adafisher_jax.capture.watch import watching
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path
+from adafisher_jax.layout import Layer, Layout, by_path, check_floating
 from adafisher_jax.tap import Statistic, vary_like
 
 
@@ -67,12 +68,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
         return [leaf for leaf, t in zip(found, traced, strict=True) if t]
 
     parameters, _ = by_path(first)
-    for path, leaf in parameters.items():
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"the parameter {path!r} is of type {jnp.result_type(leaf)}, wanted a "
-                "floating-point array: pass integers as another argument of the loss"
-            )
+    check_floating(parameters)
     named, _ = jax.tree_util.tree_flatten_with_path(first)
     with watching(), jax.disable_jit(False):  # where loops are unrolled, slices have no layer
         traced = jax.make_jaxpr(program)(first)
@@ -131,44 +127,80 @@ def value_and_grad(
       TypeError: for a leaf of `first` that is not floating-point.
       ValueError: if the layout is another model's or another loss's.
     """
+    zeros = probes_of(layout, first, form)
+    loss, met = probed(loss_fn, layout, first, args, kwargs, form, when)
+    probes = {path: _due(zeros[path], when) for path in met}
+    value, (grads, sums) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(first, probes)
+    return value, grads, means_of(layout, zeros | sums)
+
+
+def probes_of(layout: Layout, first: Any, form: Form = DIAGONAL) -> dict[str, Factor]:
+    """Zeros beside each layer's weight, by layer path.
+
+    `rows` has the weight's rank too, to be sliced with it.
+    """
+    leaves, _ = by_path(first)
+    layout.check_params(leaves)
+    zeros = {layer.path: form.zeros(layer, layer.dtype(leaves)) for layer in layout.layers}
+    return {
+        layer.path: zeros[layer.path]._replace(
+            rows=zeros[layer.path].rows.reshape(layer.stack_shape)
+        )
+        for layer in layout.layers
+    }
+
+
+def _due(probe: Factor, when: Any) -> Factor:
+    """The probe; its `rows` are 1 where statistics are not due."""
+    rows = jnp.where(when, probe.rows, 1)
+    # In a `shard_map` it is all parts or none that differ between devices, or are summed over them.
+    return Factor(*(vary_like(part, rows) for part in probe._replace(rows=rows)))
+
+
+def means_of(layout: Layout, sums: dict[str, Factor]) -> dict[str, Factor]:
+    """Factors of sums over rows, as they come out of a backward pass beside the probes."""
+    found = {}
+    for layer in layout.layers:
+        means = sums[layer.path].from_sums()
+        found[layer.path] = means._replace(rows=means.rows.reshape(layer.rows_shape))
+    return found
+
+
+def probed(
+    loss_fn: Callable[..., Any],
+    layout: Layout,
+    first: Any,
+    args: Any,
+    kwargs: Any,
+    form: Form = DIAGONAL,
+    when: Any = True,
+) -> tuple[Callable[[Any, dict[str, Factor]], Any], list[str]]:
+    """The loss as a function of its first argument and of probes, and which layers have one."""
     leaves, _ = by_path(first)
     layout.check_params(leaves)
     traced = _trace(loss_fn, first, *jax.tree.flatten((args, kwargs)))
     _check_same(layout, traced.uses)
-
-    zeros = {layer.path: form.zeros(layer, layer.dtype(leaves)) for layer in layout.layers}
-    met = {} if when is False else traced.uses.sources
+    sources = {} if when is False else traced.uses.sources
     positions = {
-        layer.path: met[layer.leaves[0].path]
+        sources[layer.leaves[0].path]: layer.path
         for layer in layout.layers
-        if layer.leaves[0].path in met
-    }
-    probes = {
-        positions[layer.path]: _probe(layer, zeros[layer.path], when)
-        for layer in layout.layers
-        if layer.path in positions
+        if layer.leaves[0].path in sources
     }
     completions = {
         place: completion
         for place, completion in traced.uses.completions.items()
-        if completion.carrier.source in probes
+        if completion.carrier.source in positions
     }
-    with jax.disable_jit(False):
-        probed = insert_probes(
-            traced.program, completions, probes, form.statistic, when is not True
-        )
 
-    def loss(first: Any, probes: dict[int, Factor]) -> Any:
-        return traced.result(probed(*jax.tree.leaves(first), *jax.tree.leaves(probes)))
+    def loss(first: Any, probes: dict[str, Factor]) -> Any:
+        given = {position: probes[path] for position, path in positions.items()}
+        with jax.disable_jit(False):
+            program = insert_probes(
+                traced.program, completions, given, form.statistic, when is not True
+            )
+        return traced.result(program(*jax.tree.leaves(first), *jax.tree.leaves(given)))
 
-    value, (grads, sums) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(first, probes)
-    factors = {
-        layer.path: _means(layer, sums[positions[layer.path]])
-        if layer.path in positions
-        else zeros[layer.path]
-        for layer in layout.layers
-    }
-    return value, grads, factors
+    return loss, list(positions.values())
 
 
 def check_layout(layout: Any) -> None:
@@ -213,15 +245,3 @@ def _check_same(layout: Layout, uses: Uses) -> None:
 
 def _described(layer: Layer) -> str:
     return ", ".join(f"{leaf.shape} {leaf.axes}" for leaf in layer.leaves)
-
-
-def _probe(layer: Layer, zeros: Factor, when: Any) -> Factor:
-    """Zeros beside a weight; `rows` has its rank, to be sliced with it, and is 1 if not due."""
-    rows = jnp.where(when, zeros.rows.reshape(layer.stack_shape), 1)
-    # In a `shard_map` it is all parts or none that differ between devices, or are summed over them.
-    return Factor(*(vary_like(part, rows) for part in zeros._replace(rows=rows)))
-
-
-def _means(layer: Layer, sums: Factor) -> Factor:
-    means = sums.from_sums()
-    return means._replace(rows=means.rows.reshape(layer.rows_shape))

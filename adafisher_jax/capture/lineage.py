@@ -134,7 +134,8 @@ class Product(NamedTuple):
       linear: how the equation multiplies.
       weight: the parameter's origin.
       bias: that of the parameter added to the output.
-      bias_axes: for each axis of the bias, the weight's axis it is, both of their sources.
+      bias_axes: for each axis of the bias longer than one, the weight's axis it is, both of their
+        sources.
       place: of its equation.
       inside: as of a mark.
       derived: it lies in the call of a marked layer, or in the backward pass of a derivative that
@@ -298,11 +299,10 @@ def _run(eqn: core.JaxprEqn, here: _Around, inputs: Origins, found: Found) -> li
 
 def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str, ...]) -> Mark:
     """The mark, with the axes that the `vmap`s around it took undone, outermost first."""
-    n = eqn.params["parameters"]
-    handed = Operands.of(operands, n).parameters
+    handed = Operands.of(operands, eqn.params).parameters
     found = list(handed)
     for level, dims in enumerate(reversed(eqn.params["levels"])):
-        for i, dim in enumerate(Operands.of(dims, n).parameters):
+        for i, dim in enumerate(Operands.of(dims, eqn.params).parameters):
             if (one := found[i]) and dim is not None:
                 found[i] = one.drop(dim, (*place, (level, 0)))
     axes = tuple(one.axes if one else () for one in handed)
@@ -375,7 +375,7 @@ def _pair(output: Origin, bias: Origin, found: Found) -> None:
 def _bias_axes(
     product: Product, output: Origin, bias: Origin
 ) -> tuple[tuple[int, int], ...] | None:
-    """For each axis of a bias, the weight's; None for what is no bias of the product."""
+    """For each axis of a bias longer than one, the weight's; None for what is no bias."""
     weight, outputs = product.weight, product.linear.outputs
     loops = [[s.loop for s in x.sliced] for x in (weight, bias)]
     if output.sliced or bias.frozen != weight.frozen or loops[0] != loops[1]:
@@ -388,11 +388,13 @@ def _bias_axes(
         roles = {outputs[p.axis] is None for p in axis if p.axis is not None}
         if len(roles) > 1:
             return None
+        of_bias = tuple(p for p in of_bias if p.size > 1)
         if roles != {False}:  # rows
-            if of_bias and not pieces.repeated(of_bias):
+            if any(p.axis is not None for p in of_bias):
                 return None
             continue
         of_weight = pieces.within(tuple(of_output), axis)
+        of_weight = of_weight and tuple(p for p in of_weight if p.size > 1)
         if of_weight is None or len(of_weight) != len(of_bias):
             return None
         for mine, its in zip(of_bias, of_weight, strict=True):
@@ -497,9 +499,7 @@ def _stretched(operands: Origins, eqn: core.JaxprEqn) -> Origins:
     def axes(x: Origin) -> Axes:
         return pieces.broadcast(x.axes, aval.shape, range(len(x.axes)))
 
-    return [
-        dataclasses.replace(x, axes=axes(x)) if x and not x.lost else x for x in operands
-    ]
+    return [dataclasses.replace(x, axes=axes(x)) if x and not x.lost else x for x in operands]
 
 
 def _rearranged(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:

@@ -181,20 +181,23 @@ def _on_output(
 ) -> tuple[list[core.JaxprEqn], core.JaxprEqn]:
     """A product, and a tap on its output."""
     (out,) = eqn.outvars
-    y, x = core.Var(out.aval), eqn.invars[linear.data]
+    y, x = core.Var(out.aval), [eqn.invars[i] for i in linear.data]
     zeros = Factor(*(var.aval for var in probe))
-    template = jax.make_jaxpr(functools.partial(tap, linear.statistic))(x.aval, y.aval, zeros)
-    (bare,) = template.eqns
-    return [eqn.replace(outvars=[y])], bare.replace(invars=[y, x, *probe], outvars=[out])
+    of_types = jax.make_jaxpr(functools.partial(tap, linear.statistic))
+    (bare,) = of_types(tuple(v.aval for v in x), y.aval, zeros).eqns
+    return [eqn.replace(outvars=[y])], bare.replace(invars=[y, *x, *probe], outvars=[out])
 
 
 def _completed(eqn: core.JaxprEqn, completion: Completion, probe: Vars) -> core.JaxprEqn:
     """The tap that a mark becomes."""
     _, axes, parameter, _ = completion
-    before = 2 + eqn.params["parameters"]  # what follows is the spent probe of a capture inside
+    inputs = 1 + eqn.params["inputs"]
+    before = (
+        inputs + eqn.params["parameters"]
+    )  # what follows is the spent probe of a capture inside
     levels = []
     for level in reversed(eqn.params["levels"]):  # outermost first, as the axes go
-        dim, taken = level[2 + parameter], None
+        dim, taken = level[inputs + parameter], None
         if dim is not None:
             if not repeated(axes[dim]):
                 taken = sum(not repeated(axis) for axis in axes[:dim])

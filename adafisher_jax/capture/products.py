@@ -25,7 +25,7 @@ class Linear(NamedTuple):
     Attributes:
       kind: as in `adafisher_jax.layout.Layer`.
       statistic: how its rows are reduced; it names the axes of the weight, as the equation has it.
-      data: which operand of the equation is the input.
+      data: which operands of the equation are the input.
       outputs: for each axis of the output, the weight's axis it is, or None.
       groups: feature groups of a convolution.
       apart: so many runs of them are layers of their own.
@@ -34,7 +34,7 @@ class Linear(NamedTuple):
 
     kind: str
     statistic: Any
-    data: int
+    data: tuple[int, ...]
     outputs: tuple[int | None, ...]
     groups: int = 1
     apart: int = 1
@@ -65,7 +65,7 @@ def _dot_general(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     data = 1 - weight
     statistic, outputs = _contraction("".join(sides[data]), "".join(sides[weight]), y)
     scales = set(statistic.x) <= set(statistic.y) and set(statistic.y) == set(statistic.weight)
-    return Linear("dense", statistic, data, outputs, scales=scales and bool(statistic.x))
+    return Linear("dense", statistic, (data,), outputs, scales=scales and bool(statistic.x))
 
 
 def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
@@ -75,11 +75,9 @@ def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     if params["batch_group_count"] != 1:
         return "the kernel of a convolution in batch groups"
     numbers = params["dimension_numbers"]
-    x, kernel, y = (
-        (spec[0], *spec[2:], spec[1])
-        for spec in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
-    )
-    kernel = (*kernel[1:], kernel[0])  # from (out, *window, in) to (*window, in, out)
+    x, y = ((s[0], *s[2:], s[1]) for s in (numbers.lhs_spec, numbers.out_spec))  # channels last
+    out, channels, *window = numbers.rhs_spec
+    kernel = (*window, channels, out)
     sizes: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
     windows = tuple(
         Window(
@@ -96,7 +94,7 @@ def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     groups = params["feature_group_count"]
     statistic = statistics.Rearranged(statistics.Convolution(windows, groups), x, kernel, y)
     outputs = tuple(kernel[-1] if i == y[-1] else None for i in range(len(y)))
-    return Linear("conv", statistic, 0, outputs, groups)
+    return Linear("conv", statistic, (0,), outputs, groups)
 
 
 def keep_apart(linear: Linear, weight: Axes) -> Linear:
@@ -147,7 +145,22 @@ def _gather(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     component = list(numbers.start_index_map).index(axis)
     clips = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
     statistic = statistics.Lookup(mapping, table.shape[axis], component, clips)
-    return Linear("embedding", statistic, 1, outputs)
+    return Linear("embedding", statistic, (1,), outputs)
+
+
+def _ragged_dot_general(eqn: core.JaxprEqn, weight: int) -> Linear | str:
+    """Rows in a line, group by group, each group with a matrix of its own."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    plain = (((1,), (1,)), ((), ()))
+    if (
+        weight != 1
+        or eqn.params["group_offset"] is not None
+        or jax.tree.map(int, numbers.dot_dimension_numbers) != plain
+        or tuple(numbers.lhs_ragged_dimensions) != (0,)
+        or tuple(numbers.rhs_group_dimensions) != (0,)
+    ):
+        return "multiplied by ragged groups that are not along its first axis"
+    return Linear("dense", statistics.Groups(), (0, 2), (None, 2))
 
 
 def _rank(atom: Any) -> int:
@@ -159,6 +172,7 @@ READERS: Mapping[str, Callable[[core.JaxprEqn, int], Linear | str]] = MappingPro
         "dot_general": _dot_general,
         "conv_general_dilated": _conv_general_dilated,
         "gather": _gather,
+        "ragged_dot_general": _ragged_dot_general,
     }
 )
 """For each product, a function of its equation and of which operand is the parameter.

@@ -66,7 +66,8 @@ def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]
                 reader.add_product(use, use.place in reached)
     if not found:
         raise ValueError(
-            "the capture met no layer: the loss calls no Flax layer and multiplies no parameter by data"
+            "the capture met no layer: the loss calls no Flax layer and multiplies none of its "
+            "parameters by data"
         )
     return reader.finish()
 
@@ -193,7 +194,7 @@ class _Reader:
         keys, array = self.named[product.bias.source]
         names = {mine: weight.axes[its] for mine, its in product.bias_axes}
         names |= {s.axis: f"stack{i}" for i, s in enumerate(product.bias.sliced)}
-        axes = tuple(names.get(i, "") for i in range(len(array.shape)))
+        axes = tuple(names.get(i, "") for i in range(array.ndim))
         sizes = dict(zip(weight.axes, weight.shape, strict=True))
         outside = {a for a in weight.axes if not a.startswith("in") and a not in axes}
         if any(sizes[a] != 1 for a in outside) or any(

@@ -14,7 +14,7 @@ from adafisher_jax.capture import Form, check_layout, value_and_grad
 from adafisher_jax.diagnostics import rows
 from adafisher_jax.diagnostics.pure import pure
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, Uncovered
+from adafisher_jax.layout import Layer, Layout
 from adafisher_jax.tap import Statistic
 
 
@@ -69,7 +69,7 @@ def full_factors(
       [[5.0, 1.0, 2.0], [1.0, 2.0, 1.0], [2.0, 1.0, 1.0]]
     """
     check_layout(layout)
-    chosen = _only(layout, choose(layout, paths))
+    chosen = layout.only(layer.path for layer in choose(layout, paths))
 
     def factors_fn(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, FullFactor]:
         loss, params = pure(loss_fn, first)
@@ -124,13 +124,6 @@ def choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
                 f"paths: {path!r} is a {layers[path].kind} layer, which has no two factors"
             )
     return tuple(layers[path] for path in paths)
-
-
-def _only(layout: Layout, layers: tuple[Layer, ...]) -> Layout:
-    """A layout of some layers; the others' parameters are outside of them."""
-    others = (leaf for layer in layout.layers if layer not in layers for leaf in layer.leaves)
-    rest = tuple(Uncovered(leaf, "not asked for") for leaf in others)
-    return Layout(layers, (*layout.uncovered, *rest))
 
 
 # In a tap a whole factor has the weight's rank, as the diagonals do, so that it goes where the

@@ -46,7 +46,7 @@ def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
       ValueError: for an unknown name, an averaging constant outside [0, 1) or a negative
         damping. Traced values are not checked.
     """
-    if name not in RULES:
+    if name not in tuple(RULES):
         raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, RULES))}")
     rule, default_ema, default_damping = RULES[name]
     ema = default_ema if ema is None else ema

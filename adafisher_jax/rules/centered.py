@@ -1,5 +1,6 @@
 """The recommended rule."""
 
+import math
 from typing import Any
 
 import jax
@@ -101,7 +102,7 @@ class Centered(Rule):
                 where = refreshed.reshape(-1)
                 excess, basis, left = spectrum.leading_excess(matrices, scale_w.basis, where)
                 scale_w = scale_w._replace(basis=basis)
-            square = _mean(left.reshape(layer.slot_shape), layer.axes) / (rows * columns)
+            square = _mean(left.reshape(layer.slot_shape), layer.axes) / max(rows * columns, 1)
             scale_w, inverse = self._size(scale_w, jnp.maximum(square, least))
             size = self.rms * inverse
             if centers:
@@ -114,7 +115,9 @@ class Centered(Rule):
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
         if momentum.ndim < 2:
             return self._vector(momentum, grad, scale, ("",) * momentum.ndim)
-        scale, inverse = self._size(scale, jnp.mean(_squared(momentum), keepdims=True))
+        scale, inverse = self._size(
+            scale, _average(_squared(momentum), tuple(range(momentum.ndim)))
+        )
         return momentum * (self.rms * inverse), scale
 
     def _vector(
@@ -152,7 +155,7 @@ def _inverse_root(x: jax.Array, weight: Any = 1) -> jax.Array:
 
 def _relative(layer: Layer, values: jax.Array) -> jax.Array:
     """Values relative to their block's average; 1 where that is nothing to go by."""
-    average = jnp.mean(values, layer.inner, keepdims=True)
+    average = _average(values, layer.inner)
     relative = values / jnp.where(average > 0, average, 1)
     return jnp.where((average > 0) & jnp.isfinite(relative), relative, 1)
 
@@ -164,4 +167,10 @@ def _squared(x: jax.Array) -> jax.Array:
 def _mean(values: jax.Array, axes: Axes) -> jax.Array:
     """The average of each stacked layer; the other axes stay as 1."""
     within = tuple(i for i, axis in enumerate(axes) if not axis.startswith("stack"))
-    return jnp.mean(values, within, keepdims=True)
+    return _average(values, within)
+
+
+def _average(values: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Over some axes, which stay as 1; of nothing, 0."""
+    count = math.prod(values.shape[i] for i in axes)
+    return jnp.sum(values, axes, keepdims=True) / max(count, 1)

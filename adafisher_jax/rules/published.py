@@ -62,7 +62,7 @@ class Official(Rule):
         )
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
-        scale = layer.groups / layer.fan_in if layer.kind == "conv" else 1.0
+        scale = layer.groups / max(layer.fan_in, 1) if layer.kind == "conv" else 1.0
         whole = fresh.h * scale, jnp.full_like(old.slot, scale), fresh.s
         h, slot, s = _minmax(layer, *whole, _unit(layer, *whole, 1e-6))
         new = (fresh._replace(h=h, s=s), slot)

@@ -143,10 +143,11 @@ def blend(
     """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
     within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
     h, s, _, mean = jax.lax.stop_gradient(fresh)
-    extreme = (*extremes((h, mean), within), *extremes((s,), within))
     finite = jnp.isfinite(fresh.rows).reshape(layer.stack_shape)
-    for values in jax.tree.leaves(extreme):  # finite if all are, and NaN if one is
-        finite &= jnp.isfinite(values)
+    for parts in ((h, mean), (s,)):
+        if parts[0].size:  # the extremes of nothing are infinite
+            for values in jax.tree.leaves(extremes(parts, within)):  # NaN if one entry is
+                finite &= jnp.isfinite(values)
     took_part = (fresh.rows != 0).reshape(layer.stack_shape)
     usable = took_part & finite
 

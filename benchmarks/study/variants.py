@@ -91,7 +91,7 @@ def outside(task, rate, weight_decay, without):
         left = [one for one in layers if one is not last]
     else:
         left = [one for one in layers if one.kind != without]
-    layout = af.Layout(tuple(left))
+    layout = task.layout.only(one.path for one in left)
     tx = af.adafisherw(rate, layout, rule="centered", weight_decay=weight_decay)
     return of_transformation(tx, of_factors(task))
 

@@ -187,7 +187,7 @@ for name, value in list(diagnostics.scalars(found).items())[:3]:
 # %% [markdown]
 # ## Refreshing every few steps
 #
-# A step without `factors` uses the averages it has. So curvature may be captured in some steps
+# A step with `factors=None` uses the averages it has. So curvature may be captured in some steps
 # only, and the others cost what any step costs.
 
 
@@ -195,7 +195,7 @@ for name, value in list(diagnostics.scalars(found).items())[:3]:
 @jax.jit
 def keeping_step(params, opt_state, images, labels):
     loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
-    updates, opt_state = tx.update(grads, opt_state, params)
+    updates, opt_state = tx.update(grads, opt_state, params, factors=None)
     return optax.apply_updates(params, updates), opt_state, loss
 
 

@@ -191,7 +191,7 @@ for name, value in list(diagnostics.scalars(found).items())[:3]:
 # %% [markdown]
 # ## Refreshing every few steps
 #
-# An update without `factors` uses the averages it has. So curvature may be captured in some steps
+# An update with `factors=None` uses the averages it has. So curvature may be captured in some steps
 # only, and the others cost what any step costs. ([five_minutes.py](five_minutes.py) has times: so
 # small a step spends most of its own in `nnx.jit`, taking the model apart.)
 
@@ -200,7 +200,7 @@ for name, value in list(diagnostics.scalars(found).items())[:3]:
 @nnx.jit
 def keeping_step(model, optimizer, images, labels):
     loss, grads = nnx.value_and_grad(loss_fn)(model, images, labels)
-    optimizer.update(model, grads)
+    optimizer.update(model, grads, factors=None)
     return loss
 
 

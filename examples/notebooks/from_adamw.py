@@ -85,7 +85,7 @@ layout = af.trace_layout(loss_fn, params, *batches[0])
 
 
 def train():
-    tx = af.adafisherw(schedule(1e-1), layout, rule="centered", weight_decay=1e-2, mask=mask)
+    tx = af.adafisherw(schedule(3e-2), layout, rule="centered", weight_decay=1e-2, mask=mask)
     tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
     state = af.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
@@ -134,14 +134,26 @@ plt.show()
 #
 # ## Do the factors arrive?
 #
-# Nothing fails when they do not: a step without factors is a legal step. So look once at the
-# ages. Through the chain above all are zero. Forget `factors`, and they grow.
+# A step that forgets them is an error, and so is one in a wrapper that drops them
+# ([optax.md](../../docs/optax.md) has a table).
+
+# %%
+grads = jax.grad(loss_fn)(state.params, images, labels)
+try:
+    state.apply_gradients(grads=grads)
+except TypeError as error:
+    print(error)
+
+# %% [markdown]
+# `factors=None` says that a step is to keep the curvature as it is. The ages count such steps:
+# through the chain above all are zero.
 
 
 # %%
 @jax.jit
-def forgetful_step(state, images, labels):
-    return state.apply_gradients(grads=jax.grad(loss_fn)(state.params, images, labels))
+def keeping_step(state, images, labels):
+    grads = jax.grad(loss_fn)(state.params, images, labels)
+    return state.apply_gradients(grads=grads, factors=None)
 
 
 def print_ages(name, state):
@@ -150,15 +162,12 @@ def print_ages(name, state):
 
 
 print_ages("with factors", state)
-forgetful = state
+kept = state
 for batch in batches[:3]:
-    forgetful = forgetful_step(forgetful, *batch)
-print_ages("three steps without", forgetful)
+    kept = keeping_step(kept, *batch)
+print_ages("three steps without", kept)
 
 # %% [markdown]
-# Some of optax's wrappers drop factors just as silently: [optax.md](../../docs/optax.md) has a
-# table.
-#
 # ## Weight decay keeps to its mask
 #
 # With gradients of zero, the step is the decay alone.
@@ -167,7 +176,7 @@ print_ages("three steps without", forgetful)
 tx = af.adafisherw(1.0, layout, rule="centered", weight_decay=0.1, mask=mask)
 nothing = jax.tree.map(jnp.zeros_like, params)
 biased = jax.tree.map(lambda leaf: leaf + 1, params)
-updates, _ = tx.update(nothing, tx.init(biased), biased)
+updates, _ = tx.update(nothing, tx.init(biased), biased, factors=None)
 for leaf in ("kernel", "bias"):
     share = -updates["Dense_0"][leaf] / biased["Dense_0"][leaf]
     print(f"of a {leaf} {share.min():.3f} to {share.max():.3f} go")
@@ -203,7 +212,7 @@ for name, one, other in zip(("loss", "gradients", "factors"), whole, parts, stri
 # Factors, momentum and counts are arrays of the state: it is read as it was saved, bit for bit.
 
 # %%
-fresh = forgetful.replace(opt_state=forgetful.tx.init(params), params=params)
+fresh = kept.replace(opt_state=kept.tx.init(params), params=params)
 restored = fresh.from_bytes(flax.serialization.to_bytes(state))
 same = jax.tree.all(jax.tree.map(np.array_equal, state, restored))
 print("the same state:", same)

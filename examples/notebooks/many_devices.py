@@ -48,7 +48,7 @@ batches = list(zip(images[rows], labels[rows], strict=True))
 params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
 layout = af.trace_layout(loss_fn, params, *batches[0])
-tx = af.adafisher(1e-2, layout, rule="centered")
+tx = af.adafisher(3e-2, layout, rule="centered")
 grad_fn = af.value_and_grad(loss_fn, layout)
 
 

@@ -26,7 +26,7 @@ class Settings:
     """What every run can be told; a program adds fields of its own in a subclass."""
 
     optimizer: str = setting("adafisher:centered", "its name", tuple(NAMES))
-    rate: float = setting(1e-2, "peak learning rate")
+    rate: float = setting(3e-2, "peak learning rate; this one is for adafisher:centered")
     weight_decay: float = setting(0.0, "see docs/training.md")
     option: tuple[str, ...] = setting((), "the optimizer's own: refresh_every=10 damping=0.1")
     warmup: float = setting(0.05, "share of the steps in which the rate rises; then a cosine")

@@ -99,8 +99,7 @@ def make_step(task, rule, jit=fast_jit, **options):
 
     def train_step(params, state, x, refresh=True):
         loss, grads, *rest = (with_factors if refresh else plain)(params, x)
-        extra = {"factors": rest[0]} if rest else {}
-        updates, state = tx.update(grads, state, params, **extra)
+        updates, state = tx.update(grads, state, params, factors=rest[0] if rest else None)
         return optax.apply_updates(params, updates), state, loss
 
     return tx, jit(train_step, static_argnames="refresh", **options)

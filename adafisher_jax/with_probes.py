@@ -1,0 +1,157 @@
+r"""Training in a loop of someone else's, which calls `update(grads, state, params)` itself.
+
+Such a loop hands an optimizer gradients and nothing more. So the probes, zeros beside the weights
+whose gradients are sums over rows, become a part of the parameters: the loop differentiates by them
+as by anything else, and the optimizer takes its factors out of the gradients.
+
+| the loop | here |
+| --- | --- |
+| `params` | `add_probes(params, layout)` |
+| `loss_fn` | `loss_with_probes(loss_fn, layout)` |
+| `optimizer` | `optimizer_with_probes(optimizer, layout)` |
+
+A loop that averages gradients, over devices or micro-batches, averages sums and row counts alike:
+the factors are right. One that multiplies all gradients by a number, as a clip of their global norm
+does, leaves them right too, but the probes' gradients count in that norm: put the clip into the
+optimizer instead.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adafisher_jax import capture
+from adafisher_jax.factors import Factor
+from adafisher_jax.layout import Layout, by_path
+
+
+class WithProbes(NamedTuple):
+    """Parameters and probes, or their gradients, or their updates.
+
+    Attributes:
+      params: the parameters.
+      probes: zeros, by layer path; `rows` has the weight's rank.
+    """
+
+    params: Any
+    probes: dict[str, Factor]
+
+
+def add_probes(params: Any, layout: Layout) -> WithProbes:
+    """The parameters with a probe of zeros for each layer.
+
+    Args:
+      params: a pytree of floating-point arrays.
+      layout: from `trace_layout`.
+
+    Raises:
+      TypeError: for a layout that is none.
+      ValueError: if the layout is another model's.
+
+    Example:
+      >>> import adafisher_jax as af, jax, jax.numpy as jnp
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"] + params["b"]) ** 2)
+      >>> layout = af.trace_layout(loss_fn, params, jnp.ones((8, 3)))
+      >>> add_probes(params, layout).probes[""].h.shape
+      (3, 1)
+    """
+    capture.check_layout(layout)
+    leaves, _ = by_path(params)
+    layout.check_params(leaves)
+    return WithProbes(params, capture.probes_of(layout, params))
+
+
+def loss_with_probes(loss_fn: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+    r"""A loss of parameters with probes.
+
+    Its value is that of `loss_fn`, and so is its gradient by the parameters. Its gradient by a
+    layer's probe is :math:`(\sum_n \bar h_n^2, \sum_n s_n^2, N, \sum_n \bar h_n)`.
+
+    Args:
+      loss_fn: of parameters and further arguments, with or without auxiliary data.
+      layout: from `trace_layout`.
+
+    Returns:
+      A function `(WithProbes, *args, **kwargs)` that returns what `loss_fn` returns.
+
+    Raises:
+      TypeError: for a layout that is none and, from the returned function, for what is not
+        `WithProbes`.
+      ValueError: from the returned function, if the layout is another model's or another loss's.
+
+    Example:
+      >>> import adafisher_jax as af, jax, jax.numpy as jnp
+      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.array([[1.0, 2.0, 3.0]])
+      >>> loss_fn = lambda params, x: jnp.sum(x @ params["w"])
+      >>> layout = af.trace_layout(loss_fn, params, x)
+      >>> grads = jax.grad(loss_with_probes(loss_fn, layout))(add_probes(params, layout), x)
+      >>> grads.probes[""].h.ravel().tolist()
+      [1.0, 4.0, 9.0]
+    """
+    capture.check_layout(layout)
+
+    def loss(params: WithProbes, /, *args: Any, **kwargs: Any) -> Any:
+        _check("params", params)
+        probed, met = capture.probed(loss_fn, layout, params.params, args, kwargs)
+        return probed(params.params, {path: params.probes[path] for path in met})
+
+    return loss
+
+
+def optimizer_with_probes(
+    optimizer: optax.GradientTransformation, layout: Layout
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer of parameters with probes, which takes its factors out of their gradients.
+
+    Args:
+      optimizer: takes `factors`, as `adafisher` does or a chain with it.
+      layout: its layout.
+
+    Returns:
+      A transformation of `WithProbes`. Its state is the optimizer's own. Probes are never stepped.
+
+    Raises:
+      TypeError: for a layout that is none and, from `init` and `update`, for what is not
+        `WithProbes`.
+
+    Example:
+      >>> import adafisher_jax as af, jax, jax.numpy as jnp, optax
+      >>> params, x = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}, jnp.ones((8, 3))
+      >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"] + params["b"]) ** 2)
+      >>> layout = af.trace_layout(loss_fn, params, x)
+      >>> tx = optimizer_with_probes(af.adafisher(3e-2, layout, rule="centered"), layout)
+      >>> params, loss_fn = add_probes(params, layout), loss_with_probes(loss_fn, layout)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.grad(loss_fn)(params, x), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> jnp.allclose(params.params["b"], -0.03).item()
+      True
+    """
+    capture.check_layout(layout)
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params: WithProbes) -> Any:
+        _check("params", params)
+        return inner.init(params.params)
+
+    def update_fn(
+        updates: WithProbes, state: Any, params: WithProbes | None = None, **extra_args: Any
+    ) -> tuple[WithProbes, Any]:
+        _check("updates", updates)
+        own = None if params is None else params.params
+        factors = capture.means_of(layout, updates.probes)
+        new, state = inner.update(updates.params, state, own, factors=factors, **extra_args)
+        return WithProbes(new, jax.tree.map(jnp.zeros_like, updates.probes)), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
+
+
+def _check(name: str, value: Any) -> None:
+    if not isinstance(value, WithProbes):
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, wanted adafisher_jax.add_probes(params, layout)"
+        )

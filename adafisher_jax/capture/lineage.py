@@ -471,7 +471,9 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
     name = eqn.primitive.name
     if name in _SAME and len(operands) == len(eqn.outvars):
         if name == "stop_gradient":
-            operands = [x and dataclasses.replace(x, frozen=True, behind=frozenset()) for x in operands]
+            operands = [
+                x and dataclasses.replace(x, frozen=True, behind=frozenset()) for x in operands
+            ]
         return operands
     if name == "transpose" or name in _REARRANGING:
         x = operands[0]

@@ -240,6 +240,12 @@ def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprE
             size = {p: sizes[p.axis] for p in pieces}  # type: ignore[index]
         else:
             size = {p: 1 if sizes[p.axis] == 1 else p.size for p in pieces}  # type: ignore[index]
+        if math.prod(part.shape) != math.prod(size.values()):
+            raise ValueError(
+                f"a weight whose axes are split before its product, as one of {len(known)} axes "
+                f"into {tuple(math.prod(p.size for p in axis) for axis in axes)}, has no whole "
+                "factors here: leave its layer out of `paths`"
+            )
         part = jax.lax.reshape(part, [size[p] for p in pieces])
         part = jax.lax.transpose(part, [pieces.index(p) for axis in axes for p in axis])
         return jax.lax.reshape(part, [math.prod(size[p] for p in axis) for axis in axes])

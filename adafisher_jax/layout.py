@@ -61,7 +61,8 @@ class Leaf:
       path: in the loss's first argument.
       shape: its shape, stacked axes included.
       axes: what each axis is: `"in0"`, `"out0"`, `"batch0"` (independent maps within the
-        layer) or `"stack0"` (stacked by a lifted transform).
+        layer) or `"stack0"` (stacked by a lifted transform); `""` for an axis of length 1 that a
+        bias has and its weight has not.
     """
 
     path: str
@@ -180,16 +181,16 @@ class Layer:
     def to_bias(self, value: jax.Array) -> jax.Array:
         """Turns an array like `s` (or a bias-shaped sum) from the weight's axes to the bias's."""
         assert self.bias is not None
-        wanted = self.bias.axes
-        order = [self.axes.index(axis) for axis in wanted]
-        return jnp.squeeze(value, [i for i in range(value.ndim) if i not in order]).transpose(
-            [sorted(order).index(i) for i in order]
-        )
+        order = [self.axes.index(axis) for axis in self.bias.axes if axis]
+        value = jnp.squeeze(value, [i for i in range(value.ndim) if i not in order])
+        value = value.transpose([sorted(order).index(i) for i in order])
+        return jnp.expand_dims(value, [i for i, axis in enumerate(self.bias.axes) if not axis])
 
     def from_bias(self, value: jax.Array) -> jax.Array:
         """Turns a bias-shaped array into one that broadcasts against the weight."""
         assert self.bias is not None
-        mine = self.bias.axes
+        value = jnp.squeeze(value, [i for i, axis in enumerate(self.bias.axes) if not axis])
+        mine = [axis for axis in self.bias.axes if axis]
         order = [mine.index(axis) for axis in self.axes if axis in mine]
         shape = [value.shape[mine.index(a)] if a in mine else 1 for a in self.axes]
         return value.transpose(order).reshape(shape)
@@ -228,10 +229,13 @@ class Layout:
     Attributes:
       layers: those under a Fisher block, sorted by path.
       uncovered: the other parameters.
+      left_out: the paths of those that a filter left out, as of an NNX model that is trained in
+        part.
     """
 
     layers: tuple[Layer, ...]
     uncovered: tuple[Uncovered, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:

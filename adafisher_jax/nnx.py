@@ -1,5 +1,6 @@
 """Flax NNX: the layout of a loss, and its gradients together with its factors."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,9 @@ def trace_layout(
         result = explained(model_again, *args, **kwargs)
         return jax.tree.leaves(result)[:1]  # the loss: what else there is may be no pytree
 
-    return capture.trace_layout(loss, params, (rest, args, kwargs), {})
+    layout = capture.trace_layout(loss, params, (rest, args, kwargs), {})
+    left_out, _ = by_path(nnx.split_state(rest, nnx.Param, ...)[0])
+    return dataclasses.replace(layout, left_out=tuple(left_out))
 
 
 def value_and_grad(
@@ -113,11 +116,12 @@ def value_and_grad(
     capture.check_layout(layout)
     when = capture.condition(when)
     explained = explaining(loss_fn, has_aux)
-    listed = {leaf.path for layer in layout.layers for leaf in layer.leaves}
-    listed |= {row.leaf.path for row in layout.uncovered}
+    listed, left_out = {leaf.path for leaf in layout.leaves}, set(layout.left_out)
+    is_parameter = nnx.filterlib.to_predicate(nnx.Param)
 
-    def wrt(path: tuple[Any, ...], _: Any) -> bool:
-        return "/".join(map(str, path)) in listed
+    def wrt(keys: tuple[Any, ...], variable: Any) -> bool:
+        path = "/".join(map(str, keys))  # what is in neither is for the layout to refuse
+        return path in listed or (is_parameter(keys, variable) and path not in left_out)
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         _check(model, args, kwargs)

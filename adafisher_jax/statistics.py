@@ -278,10 +278,13 @@ class Convolution:
     Attributes:
       windows: one for each spatial axis.
       groups: feature groups. They share one kernel slice: `h` and `mean` average over them.
+      apart: so many runs of groups are layers of their own, with an `h` and `mean` each. The
+        kernel's last axis is both of them and of their outputs.
     """
 
     windows: tuple[Window, ...]
     groups: int = 1
+    apart: int = 1
 
     @property
     def weight_axes(self) -> Axes:
@@ -320,14 +323,15 @@ class Convolution:
             return jnp.concatenate(parts, axis=-2)
 
         totals = jnp.stack([total(lambda x: jnp.square(_wide(x))), total(_wide)], axis=-2)
-        squares, sums = jnp.moveaxis(self._gather(totals, counts), -2, 0)
-        return jnp.maximum(squares, 0)[..., None], sums[..., None]
+        squares, sums = jnp.moveaxis(self._gather(totals, counts), -3, 0)
+        return jnp.maximum(squares, 0), sums
 
     def _gather(self, totals: jax.Array, counts: Sequence[np.ndarray | None]) -> jax.Array:
-        """Sums batch sums of the input, (*positions, sums, channels), into the kernel's in axes."""
+        """Sums batch sums of the input, (*positions, sums, channels), into the kernel's axes."""
         *space, channels = totals.shape
-        totals = totals.reshape(*space, self.groups, channels // self.groups)
-        totals = jnp.sum(totals, axis=-2) / self.groups
+        alike = self.groups // self.apart
+        totals = totals.reshape(*space, self.apart, alike, channels // self.groups)
+        totals = jnp.moveaxis(jnp.sum(totals, axis=-2) / alike, -2, -1)
         shape = totals.shape
         for axis, (window, of_axis) in enumerate(zip(self.windows, counts, strict=True)):
             # One product for each position before this axis: so nothing has to be transposed.

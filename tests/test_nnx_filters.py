@@ -202,3 +202,12 @@ def test_the_filter_is_no_argument_of_the_loss():
 def test_a_filter_that_takes_nothing():
     with pytest.raises(ValueError, match=r"wrt: .*LoRAParam.* selects none of the model's variab"):
         af.nnx.trace_layout(loss_of, random_model(Block), inputs_of(X), wrt=nnx.LoRAParam)
+
+
+@pytest.mark.parametrize("wrt", [nnx.Param, nnx.LoRAParam])
+def test_a_model_that_grew_is_refused(wrt):
+    model = random_model(Adapted)
+    layout = af.nnx.trace_layout(loss_of, model, inputs_of(X), wrt=wrt)
+    model.more = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"does not know the parameters 'more/bias'.*Trace it"):
+        af.nnx.value_and_grad(loss_of, layout)(model, inputs_of(X))

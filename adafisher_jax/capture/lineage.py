@@ -10,6 +10,7 @@ of that can be told from names or array identities, but all of it is plain in th
   is added to its output, along the output's own axes, is its bias.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -142,10 +143,19 @@ class Product(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A use of a parameter that cannot be captured, and why."""
+    """A use of a parameter that cannot be captured, and why.
+
+    Attributes:
+      source: the position of the parameter.
+      why: the reason.
+      place: of its equation.
+      outweighs: whether other uses of the parameter do not tell of this one: it is with data.
+    """
 
     source: int
     why: str
+    place: Place
+    outweighs: bool
 
 
 Found = list[Mark | Product | Refusal]
@@ -218,13 +228,22 @@ class _Around(NamedTuple):
 def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -> Origins:
     """The origins of a program's outputs; appends the uses met on the way."""
     origins: dict[core.Var, Origin | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+    reads = collections.Counter(
+        var
+        for atoms in (jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns))
+        for var in atoms
+        if isinstance(var, core.Var)
+    )
 
     def origin(atom: Any) -> Origin | None:
         return None if isinstance(atom, core.Literal) else origins.get(atom)
 
     for index, eqn in enumerate(jaxpr.eqns):
         operands = [origin(atom) for atom in eqn.invars]
-        name, here = eqn.primitive.name, around.at(index, eqn)
+        name = eqn.primitive.name
+        if name in _ARRAY_OPS and not any(operands):
+            continue
+        here = around.at(index, eqn)
         run = functools.partial(_run, eqn, here)
         if eqn.primitive is tap_p:
             if eqn.params["use"] is not None:
@@ -236,17 +255,21 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
             outputs = _follow_while(eqn, operands, found, run)
         elif name == "shard_map":
             (outputs,) = run(_unsharded(eqn, operands), found)
-        elif branches := run(operands[1:] if name == "cond" else operands, found):
+        elif branches := run(_settled(operands[1:]) if name == "cond" else operands, found):
             outputs = [_common(list(branch)) for branch in zip(*branches, strict=True)]
         elif name in products.READERS:
             outputs = [_multiply(eqn, operands, found, around.inside, here)]
         elif name in _SUMS and any(x and x.is_output for x in operands):
-            outputs = [_add_to_output(operands, found)]
+            outputs = [_add_to_output(_stretched(operands, eqn), found)]
         else:
             outputs = _follow_array_op(eqn, operands)
             if name not in _ARRAY_OPS:
-                why = f"used inside {name}, which takes no probe"
-                found += [Refusal(x.source, why) for x in operands if x and x.is_parameter]  # type: ignore[arg-type]
+                why, beside = f"used inside {name}, which takes no probe", len(operands) > 1
+                found += [
+                    Refusal(x.source, why, here.place, beside)  # type: ignore[arg-type]
+                    for x in operands
+                    if x and x.is_parameter
+                ]
         for var, one in zip(eqn.outvars, outputs, strict=True):
             # What is no floating-point number, as a mask made from a parameter, is data.
             aval: Any = var.aval
@@ -254,6 +277,8 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
                 one = None
             elif one and not one.lost and len(one.axes) != len(aval.shape):
                 one = _known([one], _COMPUTED)
+            elif one and reads[var] > 1:  # what is added to it is not added to all uses of it
+                (one,) = _settled([one])
             origins[var] = one
     return [origin(atom) for atom in jaxpr.outvars]
 
@@ -286,30 +311,32 @@ def _multiply(
         assert weight is not None
         assert isinstance(weight.source, int)
         linear = products.READERS[eqn.primitive.name](eqn, i)
+        if isinstance(linear, Linear) and linear.scales:
+            axes = tuple(weight.axes[j] for j in linear.outputs)  # type: ignore[index]
+            operands[i] = dataclasses.replace(weight, axes=axes)
+            return _combined(operands, scaled=True)
         if isinstance(linear, Linear):
+            linear = products.keep_apart(linear, weight.axes)
             found.append(Product(linear, weight, here.place, inside, here.derived))
             return Origin(here.place, pieces.whole(eqn.outvars[0].aval.shape), frozen=weight.frozen)
-        found.append(Refusal(weight.source, linear))
-    for x in operands[:2]:
+        found.append(Refusal(weight.source, linear, here.place, not here.derived))
+    for x, other in (operands[:2], operands[1::-1]):
         if not weights and x and x.lost and not x.frozen and isinstance(x.source, int):
-            found.append(Refusal(x.source, x.lost))
+            with_data = other is None or other.source is None
+            found.append(Refusal(x.source, x.lost, here.place, with_data and not here.derived))
         elif len(weights) == 2 and x and isinstance(x.source, int):
-            found.append(Refusal(x.source, _OF_PARAMETERS))
+            found.append(Refusal(x.source, _OF_PARAMETERS, here.place, False))
     return _known(operands, _COMPUTED)
 
 
 def _weights(operands: Origins) -> list[int]:
     """Which of two factors are parameters, and not what is made of one to be data.
 
-    Data are, beside a parameter as it is: one that is frozen, copies of one, and a vector that was
-    scaled or shifted element by element, which is how the inputs of a single example may look.
+    Data are, beside a parameter as it is: one that is frozen, copies of one, and one that was scaled
+    or shifted element by element, which is how the inputs of a single example may look.
     """
     found = [i for i, x in enumerate(operands) if x and x.is_parameter]
-    for is_data in (
-        lambda x: x.frozen,
-        lambda x: x.repeated,
-        lambda x: x.mixed and len(x.axes) == 1,
-    ):
+    for is_data in (lambda x: x.frozen, lambda x: x.repeated, lambda x: x.mixed):
         if len(found) == 2:
             found = [i for i in found if not is_data(operands[i])] or found
     return [i for i in found if not (operands[i].repeated and operands[i].mixed)]  # type: ignore[union-attr]
@@ -373,19 +400,21 @@ def _follow_scan(
     eqn: core.JaxprEqn, operands: Origins, found: Found, place: Place, run: Run
 ) -> Origins:
     consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    operands = _settled(operands)
     fixed = operands[:consts]
     carry = operands[consts : consts + carries]
     slices = [x and x.drop(0, place) for x in operands[consts + carries :]]
     carry = _invariant(lambda c: run([*fixed, *c, *slices], [])[0][:carries], carry)
     (outputs,) = run([*fixed, *carry, *slices], found)
-    return outputs[:carries] + [_known([x], _COMPUTED) for x in outputs[carries:]]
+    return _settled(outputs[:carries]) + [_known([x], _COMPUTED) for x in outputs[carries:]]
 
 
 def _follow_while(eqn: core.JaxprEqn, operands: Origins, found: Found, run: Run) -> Origins:
     skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    operands = _settled(operands)
     fixed, carry = operands[skip : skip + consts], operands[skip + consts :]
     carry = _invariant(lambda c: run([*fixed, *c], [])[0], carry)
-    return run([*fixed, *carry], found)[0]
+    return _settled(run([*fixed, *carry], found)[0])
 
 
 def _invariant(step: Callable[[Origins], Origins], carry: Origins) -> Origins:
@@ -437,12 +466,27 @@ def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
         if x and axes is not None:
             return [dataclasses.replace(x, axes=axes)]
         return [_known(operands, REARRANGED)] * len(eqn.outvars)
-    operands = [_known([x], _COMPUTED) if x and x.is_output else x for x in operands]
+    if name not in _MOVING and name not in _SCALING:
+        return [_known(operands, _COMPUTED)] * len(eqn.outvars)
+    operands = _stretched(_settled(operands), eqn)
     if name == "div" and (divisor := operands[1]) and not divisor.frozen:
         return [_known(operands, _TRANSFORMED)]
-    if name in _MOVING or name in _SCALING:
-        return [_combined(operands, scaled=name in _SCALING)]
-    return [_known(operands, _COMPUTED)] * len(eqn.outvars)
+    return [_combined(operands, scaled=name in _SCALING)]
+
+
+def _settled(origins: Origins) -> Origins:
+    """Origins for which the output of a product is one to which no bias is added any more."""
+    return [_known([x], _COMPUTED) if x and x.is_output else x for x in origins]
+
+
+def _stretched(operands: Origins, eqn: core.JaxprEqn) -> Origins:
+    """The operands of an elementwise operation, each with the axes of its output."""
+    aval: Any = eqn.outvars[0].aval
+
+    def axes(x: Origin) -> Axes:
+        return pieces.broadcast(x.axes, aval.shape, range(len(x.axes)))
+
+    return [dataclasses.replace(x, axes=axes(x)) if x and not x.lost else x for x in operands]
 
 
 def _rearranged(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
@@ -457,9 +501,7 @@ def _rearranged(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
             return tuple(a for i, a in enumerate(axes) if i not in eqn.params["dimensions"])
         case "broadcast_in_dim":
             shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-            before: Any = eqn.invars[0].aval
-            if tuple(shape[i] for i in kept) == before.shape:
-                return pieces.broadcast(axes, shape, kept)
+            return pieces.broadcast(axes, shape, kept)
     return None
 
 

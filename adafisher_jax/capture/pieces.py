@@ -13,6 +13,7 @@ run of the digits of a source axis's index:
 | with an axis of size one before | `((), (Piece(0, 1, 8),), (Piece(1, 1, 6),))` |
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -45,10 +46,22 @@ def repeated(axis: Axis) -> bool:
     return any(piece.axis is None for piece in axis)
 
 
+def size(axis: Axis) -> int:
+    """The length of an axis."""
+    return math.prod(piece.size for piece in axis)
+
+
 def broadcast(axes: Axes, shape: Sequence[int], kept: Sequence[int]) -> Axes:
-    """After a broadcast to `shape` in which the old axes are those `kept`."""
+    """After a broadcast to `shape` in which the old axes are those `kept`.
+
+    Example:
+      >>> broadcast(whole((1, 6)), (5, 6), (0, 1))
+      ((Piece(axis=None, inner=1, size=5),), (Piece(axis=1, inner=1, size=6),))
+    """
     old = dict(zip(kept, axes, strict=True))
-    return tuple(_copies(n) if i not in old else old[i] or _copies(n) for i, n in enumerate(shape))
+    return tuple(
+        old[i] if i in old and size(old[i]) == n else _copies(n) for i, n in enumerate(shape)
+    )
 
 
 def _copies(size: int) -> Axis:
@@ -65,22 +78,22 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes | None:
     """
     left = [piece for axis in axes for piece in axis]
     found = []
-    for size in shape:
+    for wanted in shape:
         taken: list[Piece] = []
         have = 1
-        while left and (have < size or (size == 1 and not taken and left[0].size == 1)):
-            piece, missing = left.pop(0), size // have
+        while left and (have < wanted or (wanted == 1 and not taken and left[0].size == 1)):
+            piece, missing = left.pop(0), wanted // have
+            if wanted % have or piece.size % min(piece.size, missing):
+                return None
             if piece.size > missing:
-                if piece.size % missing:
-                    return None
                 rest = piece.size // missing
                 left.insert(0, piece._replace(size=rest))
                 piece = piece._replace(inner=piece.inner * rest, size=missing)
             taken.append(piece)
             have *= piece.size
-        if have != size:
+        if have != wanted:
             return None
-        found.append(_joined(p for p in taken if p.size > 1 or size == 1))
+        found.append(_joined(p for p in taken if p.size > 1 or wanted == 1))
     return tuple(found)
 
 
@@ -110,10 +123,12 @@ def within(outer: Axes, axis: Axis) -> Axis | None:
         if piece.axis is None:
             return None
         source = outer[piece.axis]
-        size = 1
-        for one in source:
-            size *= one.size
-        split = reshape((source,), (size // (piece.size * piece.inner), piece.size, piece.inner))
+        if size(source) == piece.size:
+            found += source
+            continue
+        split = reshape(
+            (source,), (size(source) // (piece.size * piece.inner), piece.size, piece.inner)
+        )
         if split is None:
             return None
         found += split[1]

@@ -5,6 +5,7 @@ numbers of the equation become the letters of a `statistics.Contraction`, or the
 `statistics.Convolution`.
 """
 
+import dataclasses
 import string
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,6 +15,7 @@ import jax
 from jax.extend import core
 
 from adafisher_jax import statistics
+from adafisher_jax.capture.pieces import Axes
 from adafisher_jax.statistics import Contraction, Window
 
 
@@ -26,6 +28,8 @@ class Linear(NamedTuple):
       data: which operands of the equation are the input.
       outputs: for each axis of the output, the weight's axis it is, or None.
       groups: feature groups of a convolution.
+      apart: so many runs of them are layers of their own.
+      scales: it is no map of rows, but scales the weight along some of its axes.
     """
 
     kind: str
@@ -33,6 +37,8 @@ class Linear(NamedTuple):
     data: tuple[int, ...]
     outputs: tuple[int | None, ...]
     groups: int = 1
+    apart: int = 1
+    scales: bool = False
 
 
 def _letters() -> Callable[[int], str]:
@@ -58,7 +64,8 @@ def _dot_general(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     y = "".join(sides[0][i] for i in batch[0]) + "".join(free)
     data = 1 - weight
     statistic, outputs = _contraction("".join(sides[data]), "".join(sides[weight]), y)
-    return Linear("dense", statistic, (data,), outputs)
+    scales = set(statistic.x) <= set(statistic.y) and set(statistic.y) == set(statistic.weight)
+    return Linear("dense", statistic, (data,), outputs, scales=scales and bool(statistic.x))
 
 
 def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
@@ -88,6 +95,25 @@ def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     statistic = statistics.Rearranged(statistics.Convolution(windows, groups), x, kernel, y)
     outputs = tuple(kernel[-1] if i == y[-1] else None for i in range(len(y)))
     return Linear("conv", statistic, (0,), outputs, groups)
+
+
+def keep_apart(linear: Linear, weight: Axes) -> Linear:
+    """A grouped convolution whose kernel, with these axes, has an axis for groups alone.
+
+    So `vmap` runs one convolution with each kernel of a stack.
+    """
+    if linear.groups == 1:
+        return linear
+    (out,) = (i for i in linear.outputs if i is not None)
+    *leading, _ = weight[out]
+    apart = before = 1
+    for i, piece in enumerate(leading, 1):
+        before *= piece.size
+        if linear.groups % before == 0 and all(p.axis != piece.axis for p in weight[out][i:]):
+            apart = before
+    statistic = dataclasses.replace(linear.statistic.layer, apart=apart)
+    statistic = dataclasses.replace(linear.statistic, layer=statistic)
+    return linear._replace(statistic=statistic, groups=linear.groups // apart, apart=apart)
 
 
 def _gather(eqn: core.JaxprEqn, weight: int) -> Linear | str:

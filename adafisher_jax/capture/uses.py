@@ -60,7 +60,7 @@ def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]
     for use in found:
         match use:
             case Refusal():
-                reader.reasons.setdefault(use.source, use.why)
+                reader.add_refusal(use, use.place in reached)
             case Mark():
                 reader.add_mark(use, use.place in reached)
             case Product():
@@ -113,6 +113,11 @@ class _Reader:
         self.reasons: dict[int, str] = {}  # why a use of a parameter is none of a layer
         self.problems: dict[int, str] = {}  # those that no other use outweighs
 
+    def add_refusal(self, use: Refusal, reached: bool) -> None:
+        """Notes a use that cannot be captured."""
+        outweighs = use.outweighs and reached
+        (self.problems if outweighs else self.reasons).setdefault(use.source, use.why)
+
     def add_mark(self, mark: Mark, reached: bool) -> None:
         """Notes one call of a known layer."""
         use = mark.use
@@ -162,13 +167,15 @@ class _Reader:
             problem = problem or "repeated before its layer uses it"
         if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
             problem = problem or COMPLEX
-        axes = (
-            () if problem else _source_axes(linear.statistic.weight_axes, origin, len(array.shape))
-        )
+        axes: Axes | None = ()
+        if not problem:
+            inner = linear.statistic.weight_axes
+            axes = _source_axes(inner, origin, len(array.shape), linear.apart)
         if axes is None:
             problem = "an axis of it is both of inputs and of outputs"
         if problem or axes is None:
-            self.reasons.setdefault(origin.source, problem)
+            outweighs = not product.derived and not origin.frozen
+            self.add_refusal(Refusal(origin.source, problem, product.place, outweighs), reached)
             return
         parts = [part for key in keys if (part := path_of((key,)))]
         leaf = Leaf(path_of(keys), jnp.shape(array), axes)
@@ -190,12 +197,12 @@ class _Reader:
         keys, array = self.named[product.bias.source]
         names = {mine: weight.axes[its] for mine, its in product.bias_axes}
         names |= {s.axis: f"stack{i}" for i, s in enumerate(product.bias.sliced)}
-        wanted = [name for name in weight.axes if not name.startswith("in")]
-        left = iter([name for name in wanted if name not in names.values()])  # of size one
-        axes = tuple(names[i] if i in names else next(left, "") for i in range(array.ndim))
+        axes = tuple(names.get(i, "") for i in range(array.ndim))
         sizes = dict(zip(weight.axes, weight.shape, strict=True))
-        found = zip(axes, array.shape, strict=True)
-        if set(axes) != set(wanted) or any(sizes[axis] != n for axis, n in found):
+        outside = {a for a in weight.axes if not a.startswith("in") and a not in axes}
+        if any(sizes[a] != 1 for a in outside) or any(
+            sizes.get(a, 1) != n for a, n in zip(axes, array.shape, strict=True)
+        ):
             return None
         return Leaf(path_of(keys), jnp.shape(array), axes)
 
@@ -340,13 +347,18 @@ def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
     return _source_axes(inner, origin, rank)
 
 
-def _source_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
-    """The same where axes were split or merged, numbered anew."""
+def _source_axes(inner: Axes, origin: Origin, rank: int, apart: int = 1) -> Axes | None:
+    """The same where axes were split or merged, numbered anew.
+
+    The first `apart` of an axis of outputs are layers of their own.
+    """
     roles: dict[int, set[str]] = {i: set() for i in range(rank)}
     for axis, name in zip(origin.axes, inner, strict=True):
+        role, before = name.rstrip("0123456789"), 1
         for piece in axis:
             if piece.axis is not None:
-                roles[piece.axis].add(name.rstrip("0123456789"))
+                roles[piece.axis].add("batch" if role == "out" and before < apart else role)
+            before *= piece.size
     for s in origin.sliced:
         roles[s.axis] = {"stack"}
     if any(len(found) > 1 for found in roles.values()):

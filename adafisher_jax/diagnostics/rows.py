@@ -85,10 +85,11 @@ def _(statistic: Convolution, x: jax.Array) -> jax.Array:
     rank, groups = len(statistic.windows), statistic.groups
     *_, channels = found.shape
     sizes = found.shape[1 + rank : -1]
-    found = found.reshape(-1, *sizes, groups, channels // groups)
+    alike = groups // statistic.apart
+    found = found.reshape(-1, *sizes, statistic.apart, alike, channels // groups)
     # Groups share a slice of the kernel, so that each is a row; as many as without them count.
-    found = jnp.moveaxis(found, -2, 0).reshape(-1, *sizes, channels // groups) / groups**0.5
-    return found[..., None]
+    found = jnp.moveaxis(found, (-2, -3), (0, -1)) / alike**0.5
+    return found.reshape(-1, *sizes, channels // groups, statistic.apart)
 
 
 @of_cotangents.register

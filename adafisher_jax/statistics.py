@@ -439,12 +439,13 @@ class Rearranged:
 class Lookup:
     """A table whose rows are looked up: its inputs are one-hot, so `h` counts tokens.
 
-    A row is one lookup. A table of one row is used whatever the index is.
+    A row is one lookup. Indices are as `jax.numpy.take` has them, negative ones from the end, and a
+    table of one row is used whatever the index is; or vectors, as `jax.lax.gather` has them.
 
     Attributes:
       map: the linear map of one-hot inputs, whose last axis is the table's.
       size: of that axis.
-      component: where indices are vectors, as in `jax.lax.gather`, which entry is meant.
+      component: where indices are vectors, which entry is meant.
       clips: whether an index outside of the table means its nearest row, or else none.
     """
 
@@ -474,13 +475,15 @@ class Lookup:
 
     def index(self, x: jax.Array) -> jax.Array:
         """The indices; `size`, which is no row, in place of those that mean none."""
-        if self.size == 1:
-            x = x if self.component is None else x[..., self.component]
+        if self.component is None and self.size == 1:
             return jnp.zeros(x.shape, jnp.int32)
+        x = x if self.component is None else x[..., self.component]
+        x = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x  # as bytes, it might not hold `size`
+        if self.clips:
+            return jnp.clip(x, 0, self.size - 1)
         if self.component is None:
-            return x
-        x = x[..., self.component]
-        return jnp.clip(x, 0, self.size - 1) if self.clips else jnp.where(x < 0, self.size, x)
+            x = jnp.where(x < 0, x + self.size, x)
+        return jnp.where(x < 0, self.size, x)
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         return self.map.of_cotangents(g)

@@ -61,8 +61,8 @@ def reshaped(*shape, **changes):
     return Origin(0, reshape(axes(0, 1, 2), shape), **changes)
 
 
-def lost(why, **changes):
-    return Origin(0, (), lost=why, **changes)
+def lost(why, behind=frozenset({0}), **changes):
+    return Origin(0, (), lost=why, behind=behind, **changes)
 
 
 def sliced(*gone):
@@ -273,7 +273,7 @@ def test_what_is_computed_from_no_source_has_no_origin(how):
 
 def test_what_several_sources_are_behind_has_an_origin_without_one():
     (found,) = origins(lambda w, x: used(w.transpose(0, 2, 1)[0, 0] + x[:3]))
-    assert found == Origin(None, (), lost=REARRANGED)
+    assert found == Origin(None, (), lost=REARRANGED, behind=frozenset({0, 1}))
 
 
 def test_a_sum_of_two_orders_of_its_axes_is_neither():

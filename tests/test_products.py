@@ -446,3 +446,288 @@ def test_a_lookup(name, offset):
 @pytest.mark.parametrize(("program", "params", "x"), named(TABLES))
 def test_a_table(program, params, x):
     check(program, params, x, kinds={"w": "embedding"})
+
+
+def dense(mode, p, x):
+    return mode.product(lambda x, w: x @ w, x, p["w"], (0,)) + mode.of(p["b"])
+
+
+def layer(n, m, *stack):
+    return {"w": real(*stack, n, m) / 2, "b": real(*stack, m) / 2}
+
+
+def stack_scanned(mode, p, x):
+    def body(x, p, _):
+        return jnp.tanh(dense(mode, p["one"], x)) + jnp.sin(dense(mode, p["two"], x))
+
+    return loss_of(mode.scan(body, x, p))
+
+
+def scan_in_scan(mode, p, x):
+    def inner(x, p, _):
+        return jnp.tanh(dense(mode, p, x))
+
+    def outer(x, p, _):
+        return mode.scan(inner, x, p["inner"]) + dense(mode, p["after"], x)
+
+    return loss_of(mode.scan(outer, x, p))
+
+
+def scan_of_shared(mode, p, x):
+    def cell(h, _, x):
+        h = jnp.tanh(dense(mode, p["in"], x) + mode.product(jnp.matmul, h, p["u"], (0,)))
+        return h
+
+    return loss_of(mode.scan(cell, jnp.zeros((4, 5)), None, x))
+
+
+def two_products_one_bias(mode, p, x):
+    first = mode.product(jnp.matmul, x, p["first"], (0,))
+    return loss_of(first + mode.product(jnp.matmul, jnp.sin(x), p["second"], (0,)) + mode.of(p["b"]))
+
+
+def vmapped_rows(mode, p, x):
+    def row(p, x):
+        h = jnp.tanh(dense(mode, p["one"], x))
+        return mode.product(lambda x, w: w @ x, h, p["w"], (1,)) + mode.of(p["c"])
+
+    return loss_of(mode.vmap(row, p, x, (None, 0)))
+
+
+def ensemble(mode, p, x):
+    return loss_of(mode.vmap(functools.partial(member, mode), p, x, (0, None)))
+
+
+def member(mode, p, x):
+    h = jnp.tanh(dense(mode, p["one"], x))
+    return dense(mode, p["two"], h)
+
+
+def ensemble_of_inputs(mode, p, x):
+    return loss_of(mode.vmap(functools.partial(member, mode), p, x))
+
+
+def in_jit_twice(mode, p, x):
+    run = mode.jit(lambda p, x: jnp.tanh(dense(mode, p, x)))
+    return loss_of(run(p, run(p, x)))
+
+
+def in_jit_of_two(mode, p, x):
+    run = mode.jit(lambda p, x: jnp.tanh(dense(mode, p, x)))
+    return loss_of(run(p["two"], run(p["one"], x)))
+
+
+def in_remat(mode, p, x):
+    run = mode.remat(lambda p, x: jnp.tanh(dense(mode, p, x)))
+    return loss_of(run(p["two"], run(p["one"], x)))
+
+
+def bias_outside_of_jit(mode, p, x):
+    run = mode.jit(lambda w, x: mode.product(jnp.matmul, x, w, (0,)))
+    return loss_of(run(p["w"], x) + mode.of(p["b"]))
+
+
+def in_cond(mode, p, x, index):
+    def one(p, x):
+        return jnp.tanh(dense(mode, p["one"], x))
+
+    def two(p, x):
+        return jnp.sin(dense(mode, p["two"], x))
+
+    return loss_of(mode.cond(index, [one, two], p, x))
+
+
+def dense_list(mode, p, x):
+    for one in p:
+        x = jnp.tanh(dense(mode, one, x))
+    return loss_of(x)
+
+
+def weights_in_a_tuple(mode, p, x):
+    first, second = p
+    h = jnp.tanh(mode.product(jnp.matmul, x, first, (0,)))
+    return loss_of(mode.product(jnp.matmul, h, second, (0,)))
+
+
+def at_the_root(mode, p, x):
+    return loss_of(mode.product(jnp.matmul, x, p, (0,)))
+
+
+def haiku(mode, p, x):
+    h = jnp.tanh(dense(mode, p["mlp/~/linear_0"], x))
+    return loss_of(dense(mode, p["mlp/~/linear_1"], h))
+
+
+def used_twice(mode, p, x):
+    h = jnp.tanh(mode.product(jnp.matmul, x, p["w"], (0,)))
+    return loss_of(mode.product(jnp.matmul, h, p["w"], (0,)))
+
+
+def tied(mode, p, i):
+    h = mode.product(lambda i, t: t[i], i, p["table"], (0,))
+    h = jnp.tanh(dense(mode, p["mlp"], h))
+    return loss_of(h @ mode.of(p["table"]).T)
+
+
+def scan_of_lookups(mode, p, i):
+    def step(h, _, i):
+        return jnp.tanh(h + mode.product(lambda i, t: t[i], i, p["table"], (0,)))
+
+    return loss_of(mode.scan(step, jnp.zeros((3, 4)), None, i))
+
+
+def conv_then_dense(mode, p, x):
+    y = mode.product(lambda x, w: lax.conv(x, w, (1, 1), "SAME"), x, p["w"], (1, 2, 3))
+    y = jnp.tanh(y + mode.of(p["b"])[:, None, None])
+    return loss_of(dense(mode, p["head"], y.reshape(y.shape[0], -1)))
+
+
+def convolved(mode, p, x, groups=1):
+    numbers = ("NWC", "WIO", "NWC")
+    return mode.product(
+        lambda x, w: lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        ),
+        x,
+        p["w"],
+        (0, 1),
+    ) + mode.of(p["b"])
+
+
+def ensemble_of_convolutions(mode, p, x):
+    return loss_of(mode.vmap(functools.partial(convolved, mode), p, x))
+
+
+def ensemble_of_convolutions_of_one_input(mode, p, x):
+    return loss_of(mode.vmap(functools.partial(convolved, mode), p, x, (0, None)))
+
+
+def ensemble_of_grouped_convolutions(mode, p, x):
+    return loss_of(mode.vmap(functools.partial(convolved, mode, groups=2), p, x))
+
+
+def ensemble_of_grouped_convolutions_of_one_input(mode, p, x):
+    return loss_of(mode.vmap(functools.partial(convolved, mode, groups=2), p, x, (0, None)))
+
+
+def scan_of_convolutions(mode, p, x):
+    return loss_of(mode.scan(lambda x, p, _: jnp.tanh(convolved(mode, p, x)), x, p))
+
+
+def ensemble_of_tables(mode, p, i):
+    return loss_of(
+        mode.vmap(lambda p, i: mode.product(lambda i, t: t[i], i, p, (0,)), p["t"], i)
+    )
+
+
+def ensemble_in_scan(mode, p, x):
+    def body(x, p, _):
+        return jnp.tanh(mode.vmap(functools.partial(dense, mode), p, x))
+
+    return loss_of(mode.scan(body, x, p))
+
+
+def scan_in_ensemble(mode, p, x):
+    def run(p, x):
+        return mode.scan(lambda x, p, _: jnp.tanh(dense(mode, p, x)), x, p)
+
+    return loss_of(mode.vmap(run, p, x))
+
+
+def scan_in_rows(mode, p, x):
+    def run(p, x):
+        return mode.scan(lambda x, p, _: jnp.tanh(dense(mode, p, x)), x, p)
+
+    return loss_of(mode.vmap(run, p, x, (None, 0)))
+
+
+def remat_in_scan(mode, p, x):
+    body = mode.remat(lambda x, p, _: jnp.tanh(dense(mode, p, x)))
+    return loss_of(mode.scan(body, x, p))
+
+
+def perceiver(mode, p, x):
+    """Latents are data, a scale and a shift are no layers."""
+    q = mode.product(jnp.matmul, jnp.sin(x) * mode.of(p["scale"]) + mode.of(p["shift"]), p["q"], (0,))
+    k = mode.product(jnp.matmul, x, p["k"], (0,))
+    return loss_of(jax.nn.softmax(q @ k.T) @ x)
+
+
+X, X1, T = real(4, 5), real(2, 7, 4), ids(7, 3, 5)
+COMPOSED = {
+    "scan": (stack_scanned, {"one": layer(5, 5, 3), "two": layer(5, 5, 3)}, X),
+    "scan in scan": (scan_in_scan, {"inner": layer(5, 5, 2, 3), "after": layer(5, 5, 2)}, X),
+    "recurrence": (scan_of_shared, {"in": layer(5, 5), "u": real(5, 5)}, real(3, 4, 5)),
+    "two products, one bias": (
+        two_products_one_bias,
+        {"first": real(5, 3), "second": real(5, 3), "b": real(3)},
+        X,
+    ),
+    "vmap over rows": (vmapped_rows, {"one": layer(5, 3), "w": real(2, 3), "c": real(2)}, X),
+    "ensemble": (ensemble, {"one": layer(5, 3, 2), "two": layer(3, 4, 2)}, X),
+    "ensemble, inputs each": (
+        ensemble_of_inputs,
+        {"one": layer(5, 3, 2), "two": layer(3, 4, 2)},
+        real(2, 4, 5),
+    ),
+    "jit twice": (in_jit_twice, layer(5, 5), X),
+    "jit of two": (in_jit_of_two, {"one": layer(5, 5), "two": layer(5, 5)}, X),
+    "remat": (in_remat, {"one": layer(5, 5), "two": layer(5, 5)}, X),
+    "bias outside of jit": (bias_outside_of_jit, layer(5, 3), X),
+    "list": (dense_list, [layer(5, 3), layer(3, 4)], X),
+    "tuple": (weights_in_a_tuple, (real(5, 3), real(3, 4)), X),
+    "root": (at_the_root, real(5, 3), X),
+    "Haiku": (haiku, {"mlp/~/linear_0": layer(5, 3), "mlp/~/linear_1": layer(3, 4)}, X),
+    "used twice": (used_twice, {"w": real(5, 5)}, X),
+    "tied": (tied, {"table": real(7, 4), "mlp": layer(4, 4)}, T),
+    "lookups in a scan": (scan_of_lookups, {"table": real(7, 4)}, T.T),
+    "convolution and dense": (
+        conv_then_dense,
+        {"w": real(2, 3, 2, 2), "b": real(2), "head": layer(24, 3)},
+        real(2, 3, 4, 3),
+    ),
+    "ensemble of convolutions": (
+        ensemble_of_convolutions,
+        {"w": real(3, 3, 4, 2), "b": real(3, 2)},
+        real(3, 2, 7, 4),
+    ),
+    "ensemble of convolutions, one input": (
+        ensemble_of_convolutions_of_one_input,
+        {"w": real(3, 3, 4, 2), "b": real(3, 2)},
+        X1,
+    ),
+    "ensemble of grouped convolutions": (
+        ensemble_of_grouped_convolutions,
+        {"w": real(3, 3, 2, 6), "b": real(3, 6)},
+        real(3, 2, 7, 4),
+    ),
+    "ensemble of grouped convolutions, one input": (
+        ensemble_of_grouped_convolutions_of_one_input,
+        {"w": real(3, 3, 2, 6), "b": real(3, 6)},
+        X1,
+    ),
+    "scan of convolutions": (scan_of_convolutions, {"w": real(3, 3, 4, 4), "b": real(3, 4)}, X1),
+    "ensemble of tables": (ensemble_of_tables, {"t": real(2, 7, 4)}, ids(7, 2, 5)),
+    "ensemble in a scan": (ensemble_in_scan, layer(5, 5, 3, 2), real(2, 4, 5)),
+    "scan in an ensemble": (scan_in_ensemble, layer(5, 5, 2, 3), real(2, 4, 5)),
+    "scan under vmap": (scan_in_rows, layer(5, 5, 3), X),
+    "remat in a scan": (remat_in_scan, layer(5, 5, 3), X),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_products_composed(name):
+    check(*COMPOSED[name])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_branch(index):
+    params = {"one": layer(5, 3), "two": layer(5, 3)}
+    check(in_cond, params, X, index)
+
+
+def test_scales_and_shifts_are_listed():
+    params = {"scale": real(5), "shift": real(5), "q": real(5, 5), "k": real(5, 5)}
+    for rows in (4, 1):
+        layout = check(perceiver, params, real(rows, 5), covered=50 / 60)
+        assert [one.path for one in layout.layers] == ["k", "q"]

@@ -61,6 +61,7 @@ class Origin:
       frozen: passed through `stop_gradient`.
       mixed: combined element by element with other arrays (a mask, noise).
       lost: why it is no longer the source or a slice of it, if so.
+      behind: the live parameters that what is lost was computed from, by their positions.
     """
 
     source: int | Place | None
@@ -69,6 +70,14 @@ class Origin:
     frozen: bool = False
     mixed: bool = False
     lost: str = ""
+    behind: frozenset[int] = frozenset()
+
+    @property
+    def parameters(self) -> frozenset[int]:
+        """The live parameters behind it; what a product makes of one with data is data."""
+        if self.frozen or self.lost:
+            return self.behind
+        return frozenset([self.source]) if isinstance(self.source, int) else frozenset()
 
     @property
     def is_parameter(self) -> bool:
@@ -310,7 +319,9 @@ def _multiply(
         weight = operands[i]
         assert weight is not None
         assert isinstance(weight.source, int)
-        linear = products.READERS[eqn.primitive.name](eqn, i)
+        aval: Any = eqn.outvars[0].aval
+        is_complex = jnp.issubdtype(aval.dtype, jnp.complexfloating)
+        linear = COMPLEX if is_complex else products.READERS[eqn.primitive.name](eqn, i)
         if isinstance(linear, Linear) and linear.scales:
             axes = tuple(weight.axes[j] for j in linear.outputs)  # type: ignore[index]
             operands[i] = dataclasses.replace(weight, axes=axes)
@@ -318,14 +329,15 @@ def _multiply(
         if isinstance(linear, Linear):
             linear = products.keep_apart(linear, weight.axes)
             found.append(Product(linear, weight, here.place, inside, here.derived))
-            return Origin(here.place, pieces.whole(eqn.outvars[0].aval.shape), frozen=weight.frozen)
+            return Origin(here.place, pieces.whole(aval.shape), frozen=weight.frozen)
         found.append(Refusal(weight.source, linear, here.place, not here.derived))
     for x, other in (operands[:2], operands[1::-1]):
-        if not weights and x and x.lost and not x.frozen and isinstance(x.source, int):
-            with_data = other is None or other.source is None
-            found.append(Refusal(x.source, x.lost, here.place, with_data and not here.derived))
-        elif len(weights) == 2 and x and isinstance(x.source, int):
+        if len(weights) == 2 and x and isinstance(x.source, int):
             found.append(Refusal(x.source, _OF_PARAMETERS, here.place, False))
+        elif not weights and x and x.lost:
+            with_data = other is None or other.parameters != x.parameters
+            outweighs = with_data and not here.derived
+            found += [Refusal(i, x.lost, here.place, outweighs) for i in sorted(x.behind)]
     return _known(operands, _COMPUTED)
 
 
@@ -458,8 +470,9 @@ _ARRAY_OPS = (
 def _follow_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
     name = eqn.primitive.name
     if name in _SAME and len(operands) == len(eqn.outvars):
-        frozen = name == "stop_gradient"
-        return [x and dataclasses.replace(x, frozen=x.frozen or frozen) for x in operands]
+        if name == "stop_gradient":
+            operands = [x and dataclasses.replace(x, frozen=True, behind=frozenset()) for x in operands]
+        return operands
     if name == "transpose" or name in _REARRANGING:
         x = operands[0]
         axes = _rearranged(eqn, x.axes) if x and not x.lost else None
@@ -521,6 +534,7 @@ def _known(origins: Origins, why: str) -> Origin | None:
         (),
         frozen=all(x.frozen for x in behind),
         lost=why if any(not x.lost for x in behind) else behind[0].lost,
+        behind=frozenset().union(*(x.parameters for x in behind)),
     )
 
 

@@ -131,7 +131,8 @@ class _Threading:
             "statistic": self.statistic(tap.params["statistic"]),
             "conditional": self.conditional,
         }
-        return [*product, *moves, tap.replace(params={**tap.params, **own})]
+        tap = tap.replace(params={**tap.params, **own})
+        return [*product, *(new.replace(ctx=eqn.ctx) for new in (*moves, tap))]  # on its mesh
 
     def _entered(
         self,

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from adafisher_jax.capture.lineage import (
-    COMPLEX,
     REARRANGED,
     RECOMPUTED,
     Found,
@@ -165,8 +164,6 @@ class _Reader:
         problem = _closed(product.inside)
         if origin.repeated:
             problem = problem or "repeated before its layer uses it"
-        if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
-            problem = problem or COMPLEX
         axes: Axes | None = ()
         if not problem:
             inner = linear.statistic.weight_axes

@@ -163,7 +163,8 @@ class _SecondMoments:
         blocks = [i for i in range(len(axes)) if i not in first + other]
         sizes = [found.shape[1 + i] for i in (*blocks, *first)]
         ordered = found.transpose(0, *(1 + i for i in (*blocks, *first, *other)))
-        flat = ordered.reshape(len(found), math.prod(sizes[: len(blocks)]), -1)
+        n = len(blocks)
+        flat = ordered.reshape(len(found), math.prod(sizes[:n]), math.prod(sizes[n:]))
         products = jnp.einsum("nbi,nbj->bij", flat, flat, precision=jax.lax.Precision.HIGHEST)
         whole = products.reshape(*sizes, flat.shape[-1], *(1,) * (len(other) - 1))
         return whole.transpose(np.argsort((*blocks, *first, *other)))

@@ -7,6 +7,7 @@ are built, for the few layers someone wants to look at, in the array convention 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def _contracted(value: jax.Array, letters: str, weight: str) -> jax.Array:
     rows = [i for i, c in enumerate(letters) if c not in weight]
     own = [letters.index(c) for c in weight if c in letters]
     sizes = [value.shape[letters.index(c)] if c in letters else 1 for c in weight]
-    return value.transpose([*rows, *own]).reshape(-1, *sizes)
+    return value.transpose([*rows, *own]).reshape(math.prod(value.shape[i] for i in rows), *sizes)
 
 
 @of_inputs.register

@@ -231,6 +231,8 @@ def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprE
     gone = {s.axis for s in carrier.sliced}
     known = [i for i in range(_rank(probe) + len(gone)) if i not in gone]
     pieces = sorted((p for axis in axes for p in axis), key=lambda p: (p.axis, -p.inner))
+    if axes == [(p,) for p in pieces] and len(axes) == len(known):
+        return probe, []
 
     def formed(part: jax.Array) -> jax.Array:
         sizes = dict(zip(known, part.shape, strict=True))

@@ -55,13 +55,17 @@ def captured(loss_fn, params, *args):
         return af.value_and_grad(loss_fn, layout)(*args), jax.grad(loss_fn)(*args)
 
     (_, grads, factors), wanted = fast_jit(both)(params, *args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), grads, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), grads, wanted
+    )
     return layout, factors
 
 
 def assert_rows(factor, inputs, outputs):
     """Whether a dense factor is that of some rows of inputs and of output cotangents."""
-    inputs, outputs = (jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in of]) for of in (inputs, outputs))
+    inputs, outputs = (
+        jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in of]) for of in (inputs, outputs)
+    )
     assert factor.rows == len(inputs) == len(outputs)
     for found, wanted in (
         (factor.h, inputs**2),
@@ -97,7 +101,10 @@ HALF = {
     "a slice of it": (lambda w, x: x[:, :3] @ w[:3], REARRANGED),
     "back to front": (lambda w, x: x @ w[::-1], REARRANGED),
     "divided by its norm": (lambda w, x: x @ (w / jnp.linalg.norm(w)), TRANSFORMED),
-    "divided by what it makes of data": (lambda w, x: x @ (w / jnp.linalg.norm(V @ w)), TRANSFORMED),
+    "divided by what it makes of data": (
+        lambda w, x: x @ (w / jnp.linalg.norm(V @ w)),
+        TRANSFORMED,
+    ),
     "divided by its largest singular value": (lambda w, x: x @ (w / (V @ w @ V)), TRANSFORMED),
     "transposed": (lambda w, x: x @ w.T, SEVERAL),
     "copies of it": (
@@ -114,8 +121,12 @@ HALF = {
     ),
     "batch groups": (
         lambda w, x: lax.conv_general_dilated(
-            jnp.ones((10, 3, 5)), w[None], (1,), "SAME",
-            dimension_numbers=("NWC", "WIO", "NWC"), batch_group_count=5,
+            jnp.ones((10, 3, 5)),
+            w[None],
+            (1,),
+            "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            batch_group_count=5,
         ),
         "the kernel of a convolution in batch groups",
     ),
@@ -327,7 +338,10 @@ def test_a_loop_without_end_takes_no_part():
 
     def loss_fn(params, x):
         w = lax.stop_gradient(params["w"])
-        step = lambda c: (c[0] + 1, jnp.tanh(c[1] @ w))
+
+        def step(c):
+            return (c[0] + 1, jnp.tanh(c[1] @ w))
+
         return loss_of(lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1] @ params["v"])
 
     _, factors = captured(loss_fn, params, X)
@@ -351,7 +365,11 @@ def test_in_a_shard_map(kind):
     rows = PartitionSpec("d")
 
     def loss_fn(params, x):
-        x = jax.reshard(x, jax.sharding.NamedSharding(mesh, rows)) if kind is AxisType.Explicit else x
+        x = (
+            jax.reshard(x, jax.sharding.NamedSharding(mesh, rows))
+            if kind is AxisType.Explicit
+            else x
+        )
         run = functools.partial(
             jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows
         )
@@ -369,7 +387,10 @@ def test_a_part_of_a_parameter_on_each_device_is_listed():
 
     def loss_fn(params, x):
         @functools.partial(
-            jax.shard_map, mesh=mesh, in_specs=(PartitionSpec("d"), whole), out_specs=PartitionSpec("d")
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(PartitionSpec("d"), whole),
+            out_specs=PartitionSpec("d"),
         )
         def run(w, x):
             return w @ x
@@ -393,8 +414,6 @@ def test_on_an_explicit_mesh():
         ids = jax.device_put(jnp.array([1, 2, 2, 6]), jax.NamedSharding(mesh, PartitionSpec("d")))
         layout, _ = captured(loss_fn, params, ids)
     assert layout.covered == 1
-
-
 
 
 def convolved(x, w):

@@ -472,7 +472,7 @@ class Lookup:
         return ()
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *letters, looked_up = self.map.x
+        letters, looked_up = self.map.x[:-1], self.map.x[-1]
         index = _whole(self.index(x))
         batch = [i for i, c in enumerate(letters) if c in self.map.weight]
         sizes = [index.shape[i] for i in batch]

@@ -235,7 +235,7 @@ def test_each_part_of_a_partition_reports_its_own_layers():
             for name, of in zip("ab", layouts, strict=True)
         }
         _, state = stepped(optax.partition(parts, {"a": "a", "b": "b"}))
-        whole = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT)
+        whole = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT, rule="paper")
         jax.tree.map(np.testing.assert_array_equal, report(state, LAYOUT, rule="paper"), whole)
 
 
@@ -284,7 +284,7 @@ def test_a_train_state_is_read():
     )
     grads, factors = data(0)
     state = state.apply_gradients(grads=grads, factors=factors)
-    expected = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT)
+    expected = report(stepped(af.adafisher(RATE, LAYOUT, rule="paper"))[1], LAYOUT, rule="paper")
     for given in (state, state.opt_state):
         jax.tree.map(np.testing.assert_array_equal, report(given, LAYOUT, rule="paper"), expected)
 
@@ -413,7 +413,7 @@ def test_errors_say_what_is_missing():
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
         report(state, layout_of(ALL["column"]), rule="paper")
     with pytest.raises(ValueError, match="none with AdaFisher's factors"):
-        report(af.adafisher(RATE, None, rule="paper").init(PARAMS), LAYOUT)
+        report(af.adafisher(RATE, None, rule="paper").init(PARAMS), LAYOUT, rule="paper")
     with pytest.raises(ValueError, match="rule: got 'adam'"):
         report(state, LAYOUT, rule="adam")
     with pytest.raises(ValueError, match="'a/weight' has shape"):

@@ -11,7 +11,7 @@ from adafisher_jax.capture.pieces import Piece
 
 
 def indices(axes, shape):
-    """Which entry of a source each entry of an array with these axes is, if it is an axis' whole."""
+    """Which entry of its source each entry of an array with these axes is."""
     source = np.arange(math.prod(shape)).reshape(shape)
     sizes = [pieces.size(axis) for axis in axes]
     grid = np.indices(sizes)

@@ -1,5 +1,7 @@
 """A product of a parameter with data is a layer, whoever wrote it and however."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np

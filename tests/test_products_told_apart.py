@@ -343,7 +343,10 @@ def test_a_loop_without_end_takes_no_part():
 
     def loss_fn(params, x):
         w = lax.stop_gradient(params["w"])
-        step = lambda c: (c[0] + 1, jnp.tanh(c[1] @ w))
+
+        def step(c):
+            return (c[0] + 1, jnp.tanh(c[1] @ w))
+
         return loss_of(lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1] @ params["v"])
 
     _, factors = captured(loss_fn, params, X)

@@ -147,7 +147,7 @@ def optimizer_with_probes(
         new, state = inner.update(updates.params, state, own, factors=factors, **extra_args)
         return WithProbes(new, jax.tree.map(jnp.zeros_like, updates.probes)), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _check(name: str, value: Any) -> None:

@@ -231,13 +231,15 @@ def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprE
     gone = {s.axis for s in carrier.sliced}
     known = [i for i in range(_rank(probe) + len(gone)) if i not in gone]
     pieces = sorted((p for axis in axes for p in axis), key=lambda p: (p.axis, -p.inner))
+    if axes == [(p,) for p in pieces] and len(axes) == len(known):
+        return probe, []
 
     def formed(part: jax.Array) -> jax.Array:
         sizes = dict(zip(known, part.shape, strict=True))
         if len({p.axis for p in pieces}) == len(pieces):  # an axis of a norm's pair is of size two
-            size = {p: sizes[p.axis] for p in pieces}  # type: ignore[index]
+            size = {p: sizes[p.axis] for p in pieces}
         else:
-            size = {p: 1 if sizes[p.axis] == 1 else p.size for p in pieces}  # type: ignore[index]
+            size = {p: 1 if sizes[p.axis] == 1 else p.size for p in pieces}
         part = jax.lax.reshape(part, [size[p] for p in pieces])
         part = jax.lax.transpose(part, [pieces.index(p) for axis in axes for p in axis])
         return jax.lax.reshape(part, [math.prod(size[p] for p in axis) for axis in axes])
@@ -257,7 +259,7 @@ def _applied(
             new |= {out: core.Var(out.aval) for out in eqn.outvars}
             invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))  # type: ignore[arg-type]
             eqns.append(eqn.replace(invars=invars, outvars=outvars))
-        found.append(new[program.outvars[0]])  # type: ignore[index]
+        found.append(new[program.outvars[0]])
     return found, eqns
 
 

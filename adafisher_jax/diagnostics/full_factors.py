@@ -144,15 +144,15 @@ class _SecondMoments:
 
     diagonal: Any
 
-    def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        _, mean = self.diagonal.of_inputs(x)
-        return self._products(rows.of_inputs(self.diagonal, x), "in", "out"), mean
+    def of_inputs(self, *x: jax.Array) -> tuple[jax.Array, ...]:
+        _, mean, *needed = self.diagonal.of_inputs(*x)
+        return self._products(rows.of_inputs(self.diagonal, *x), "in", "out"), mean, *needed
 
-    def of_cotangents(self, g: jax.Array) -> jax.Array:
+    def of_cotangents(self, g: jax.Array, *needed: jax.Array) -> jax.Array:
         return self._products(rows.of_cotangents(self.diagonal, g), "out", "in")
 
-    def rows(self, y: jax.Array) -> int:
-        count: int = self.diagonal.rows(y)
+    def rows(self, y: jax.Array, *needed: jax.Array) -> jax.typing.ArrayLike:
+        count: jax.typing.ArrayLike = self.diagonal.rows(y, *needed)
         return count
 
     def _products(self, found: jax.Array, along: str, across: str) -> jax.Array:

@@ -5,16 +5,58 @@ of the step to the others. They change slowly, so that products with a few vecto
 are enough to follow them, stored in half precision.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from adafisher_jax.alike import beside, everywhere
 
 DIRECTIONS = 16
 STORED = jnp.bfloat16  # a point of departure is all that they are
 LEAST = 1e-4  # of the mean square of all singular values, to which leading ones are cut at most
 INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
 
-Excess = tuple[jax.Array, jax.Array]
+Matrices = Sequence[jax.Array]
+
+
+class Cut(NamedTuple):
+    r"""The excess :math:`E_i = L_i^T R_i` of the matrices `D_i` of a few steps.
+
+    Attributes:
+      left: rows of `L`, (matrices, k, rows).
+      right: rows of `R`, (matrices, k, columns).
+      square: the sum of squares of each :math:`D_i - E_i`, (matrices,).
+      pulled: a vector's product with each :math:`D_i - E_i`, (matrices, 1, columns), or None.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    square: jax.Array
+    pulled: jax.Array | None
+
+    def subtract(self, steps: Matrices) -> list[jax.Array]:
+        """Each :math:`D_i - E_i`."""
+        found = []
+        for step, *vectors in zip(steps, *(_split(x, steps) for x in self[:2]), strict=True):
+            pair = (beside(x, step, axis) for x, axis in zip(vectors, (1, 2), strict=True))
+            found.append(step - jax.lax.platform_dependent(*pair, cpu=_outer, default=_fused_outer))
+        return found
+
+
+def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    return _product("bki,bkj->bij", left, right)
+
+
+def _fused_outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The same, never in memory where a loop over its entries takes it up; on a CPU that is slow."""
+    return jnp.sum(left[..., None] * right[:, :, None], 1)
+
+
+def _split(vectors: jax.Array, steps: Matrices) -> list[jax.Array]:
+    return jnp.split(vectors, len(steps))
 
 
 def start(matrices: tuple[int, int, int]) -> jax.Array | None:
@@ -40,8 +82,8 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
 
 
 def leading_excess(
-    step: jax.Array, basis: jax.Array, where: jax.Array
-) -> tuple[Excess, jax.Array, jax.Array]:
+    steps: Matrices, basis: jax.Array, where: jax.Array, vector: jax.Array | None = None
+) -> tuple[Cut, jax.Array]:
     r"""By how much the leading singular values of each matrix `D` exceed the others.
 
     Half a step of subspace iteration moves the directions on: with `n` the shorter side of `D`
@@ -61,100 +103,116 @@ def leading_excess(
     where `D` has nothing.
 
     Args:
-      step: `D`, (matrices, rows, columns).
+      steps: arrays (matrices, rows, columns) of one shape; those of all are counted through.
       basis: `V` as rows, as `start` returns it.
       where: false for matrices without any excess, (matrices,).
+      vector: to be multiplied with each :math:`D - E`, (matrices, 1, rows).
 
     Returns:
-      `E` as its two factors, (matrices, rows, k) and (matrices, k, columns); the next `V`; and the
-      sum of squares of `D - E`, (matrices,).
+      The excess, and the next `V`.
     """
-    total = everywhere(jnp.sum(jnp.square(step), (1, 2)))
-    before = basis.astype(step.dtype)
+    total = sum_squares(steps)
+    before = basis.astype(steps[0].dtype)
     follow = (where & jnp.isfinite(total))[:, None, None]
-    tall = step.shape[1] >= step.shape[2]
+    tall = steps[0].shape[1] >= steps[0].shape[2]
 
-    # Vectors are rows along columns and columns along rows, so that no product transposes `step`.
-    def along_columns(columns: jax.Array) -> jax.Array:
-        return jnp.where(follow, _product("bik,bij->bkj", columns, step), 0)
+    # One product serves the directions and the vector.
+    if tall:
+        directions = _orthonormal(jnp.where(follow, along_rows(steps, before), 0))
+        images, pulled = _with(vector, directions, steps)
+    else:
+        longer, pulled = _with(vector, before, steps)
+        directions = _orthonormal(jnp.where(follow, longer, 0))
+        images = along_rows(steps, directions)
+    images = jnp.where(follow, images, 0)
 
-    def along_rows(rows: jax.Array) -> jax.Array:
-        return jnp.where(follow, _product("bij,bkj->bik", step, rows), 0)
-
-    def to_longer(vectors: jax.Array) -> jax.Array:
-        return along_rows(vectors).mT if tall else along_columns(vectors.mT)
-
-    def to_shorter(vectors: jax.Array) -> jax.Array:
-        return along_columns(vectors.mT) if tall else along_rows(vectors).mT
-
-    directions = jax.lax.fori_loop(0, 3, lambda _, rows: _orthonormal(rows), to_longer(before))
-    images = to_shorter(directions)
     squares = jnp.sum(jnp.square(images), 2)
     rest = jnp.maximum(total - jnp.sum(squares, 1), 0)
     n, k = basis.shape[2], basis.shape[1]
     cap = jnp.maximum(rest / (n - k), LEAST * total / n)[:, None]
     kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
     cut = (1 - kept)[..., None] * directions
-    left = rest + jnp.sum(jnp.square(kept) * squares, 1)
+    left, right = (cut, images) if tall else (images, cut)
+    if pulled is not None:
+        pulled = pulled - _product("bki,bij->bkj", _product("bki,bji->bkj", vector, left), right)
+    square = rest + jnp.sum(jnp.square(kept) * squares, 1)
     largest = jnp.max(squares, 1)[:, None, None]
     relative = images * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
     basis = jnp.where(largest > 0, (relative + INERTIA * before).astype(STORED), basis)
-    return (cut.mT, images) if tall else (images.mT, cut), basis, left
+    return Cut(left, right, square, pulled), basis
 
 
-def no_excess(step: jax.Array) -> Excess:
-    """The factors of zero."""
-    count, rows, columns = step.shape
-    return jnp.zeros((count, rows, 0), step.dtype), jnp.zeros((count, 0, columns), step.dtype)
+def no_excess(steps: Matrices, vector: jax.Array | None = None) -> Cut:
+    """That of matrices which are left as they are."""
+    square = sum_squares(steps)
+    none = (jnp.zeros((len(square), 0, n), steps[0].dtype) for n in steps[0].shape[1:])
+    return Cut(*none, square, None if vector is None else along_columns(steps, vector))
 
 
-def subtract(step: jax.Array, excess: Excess) -> jax.Array:
-    """A step without its excess, `D - E`."""
-    rows, columns = excess
-    return step - _product("bik,bkj->bij", rows, columns)
+def sum_squares(steps: Matrices) -> jax.Array:
+    """Of each matrix, (matrices,): over its columns apart, and over the rows for all together."""
+    by_row = [everywhere(jnp.sum(jnp.square(jnp.abs(step)), 2)) for step in steps]
+    return jnp.sum(jnp.concatenate(by_row), 1)
 
 
-def over_rows(vector: jax.Array, step: jax.Array, excess: Excess) -> jax.Array:
-    """The product of a vector (matrices, rows, 1), transposed, and `D - E`."""
-    rows, columns = excess
-    shares = _product("bik,bij->bkj", vector, rows)
-    return _product("bik,bij->bkj", vector, step) - _product("bki,bij->bkj", shares, columns)
+def along_rows(steps: Matrices, vectors: jax.Array) -> jax.Array:
+    """Products of rows (matrices, vectors, columns) with the rows of each matrix."""
+    return _products("bij,bkj->bik", steps, vectors).mT
+
+
+def along_columns(steps: Matrices, vectors: jax.Array) -> jax.Array:
+    """Products of rows (matrices, vectors, rows) with the columns of each matrix."""
+    return _products("bij,bki->bkj", steps, vectors)
+
+
+def _with(
+    vector: jax.Array | None, vectors: jax.Array, steps: Matrices
+) -> tuple[jax.Array, jax.Array | None]:
+    """`along_columns`, of the vectors and of one more that may be there."""
+    if vector is None:
+        return along_columns(steps, vectors), None
+    found = along_columns(steps, jnp.concatenate([vectors, vector.astype(vectors.dtype)], 1))
+    return found[:, :-1], found[:, -1:]
+
+
+def _products(equation: str, steps: Matrices, vectors: jax.Array) -> jax.Array:
+    parts = _split(vectors, steps)
+    return jnp.concatenate(
+        [everywhere(_product(equation, *pair)) for pair in zip(steps, parts, strict=True)]
+    )
 
 
 def _orthonormal(vectors: jax.Array) -> jax.Array:
-    """Rows nearer to those that Gram and Schmidt make of them: a pass of shifted Cholesky QR.
+    r"""Rows nearer to those that Gram and Schmidt make of them: a pass of shifted Cholesky QR.
 
-    What is added to the diagonal lets it succeed whatever the rows are. A row of which those before
-    leave a thousandth is orthogonal to them after one pass, and what rounding leaves of it after
-    three (arXiv:1809.11085), in matrix products instead of reflections.
+    Cosines are taken a bit smaller than they are, by which it succeeds whatever the rows are
+    (arXiv:1809.11085). A row of which those before leave a thousandth is then orthogonal to them.
+    Of one of which they leave less, the less there is the shorter the row that is returned. So the
+    rows `Q` have :math:`Q Q^T \le 1` up to rounding: what is cut along them is never more than there
+    is, and what is left never larger than it is taken for.
     """
     gram = _product("bkj,blj->bkl", vectors, vectors)
     one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)
     squares = jnp.sum(gram * one, 2)
     unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
-    added = DIRECTIONS * jnp.finfo(gram.dtype).eps
-    cosines = gram * unit[:, :, None] * unit[:, None]
-    lower = jax.lax.linalg.cholesky(cosines + added * one, symmetrize_input=False)
+    less = 1 - DIRECTIONS * jnp.finfo(gram.dtype).eps
+    cosines = jnp.where(one > 0, one, less * gram * unit[:, :, None] * unit[:, None])
+    lower = jax.lax.linalg.cholesky(cosines, symmetrize_input=False)
     inverse = jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
-    lengths = 1 - added * jnp.sum(jnp.square(inverse), 2, keepdims=True)
-    inverse = inverse * jax.lax.rsqrt(jnp.maximum(lengths, 0.5))
     return _product("bkl,blj->bkj", inverse * unit[:, None], vectors)
 
 
 def _product(equation: str, *operands: jax.Array) -> jax.Array:
-    highest, where = jax.lax.Precision.HIGHEST, _replicated(*operands)
+    """An exact product; on explicit mesh axes, each axis of it lies where its operand's does."""
+    inputs, output = equation.split("->")
+    axes: dict[str, Any] = {}
+    mesh = None
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        sharding = jax.typeof(operand).sharding
+        for letter, axis in zip(letters, sharding.spec, strict=True):
+            if axis is not None:
+                axes[letter], mesh = axis, sharding.mesh
+    spec = jax.sharding.PartitionSpec(*map(axes.get, output))
+    where = None if mesh is None else jax.sharding.NamedSharding(mesh, spec)
+    highest = jax.lax.Precision.HIGHEST
     return jnp.einsum(equation, *operands, precision=highest, out_sharding=where)
-
-
-def everywhere(x: jax.Array) -> jax.Array:
-    """An array that lies on explicit mesh axes, whole on each device."""
-    sharding = _replicated(x)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
-
-
-def _replicated(*operands: jax.Array) -> jax.sharding.NamedSharding | None:
-    """Where operands lie on explicit mesh axes (only these are in a type), everywhere of them."""
-    for sharding in (jax.typeof(operand).sharding for operand in operands):
-        if any(sharding.spec):
-            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return None

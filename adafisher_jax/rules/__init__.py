@@ -7,7 +7,7 @@ import jax
 
 from adafisher_jax.rules.centered import Centered
 from adafisher_jax.rules.published import Official, Paper
-from adafisher_jax.rules.rule import Curvature, Outcome, Pair, Rule, Scale
+from adafisher_jax.rules.rule import Curvature, Outcome, Pair, Rule, Scale, Vectors
 
 __all__ = [
     "Curvature",
@@ -15,6 +15,7 @@ __all__ = [
     "Pair",
     "Rule",
     "Scale",
+    "Vectors",
     "check_fraction",
     "is_number",
     "make_rule",

@@ -77,28 +77,24 @@ def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[La
     own = [layer for layer in layers if any(leaf.path in momenta for leaf in layer.leaves)]
     found = list(places(own, state.factors))
     members = collections.Counter(name for _, name, _ in found)
-    first = 0  # of a group, among all layers
-    for name in sorted(state.factors):
-        count = len(state.slots[name])
-        if members[name] not in (0, count):
+    for index, (layer, name, place) in enumerate(found):
+        if members[name] != (count := len(state.slots[name])):
             raise ValueError(
                 f"layout: it has {members[name]} layers like {name!r}, the state has {count}: give "
                 "the layout that the transformation has"
             )
-        for layer, _, place in (row for row in found if row[1] == name):
-            if place == 0:
-                scale = state.scales.get(layer.leaves[0].path)
-            at = slice(place, place + 1)
-            yield (
-                layer,
-                Stored(
-                    jax.tree.map(lambda x, at=at: x[at], state.curvature(name)),
-                    scale and Scale(scale.square[at], scale.weight[at]),
-                    state.ages[first + place],
-                    state.skipped[first + place],
-                ),
-            )
-        first += count
+        first = next(one for one, *at in found if at == [name, 0])
+        scale = state.scales.get(first.leaves[0].path)
+        part = slice(place, place + 1)
+        yield (
+            layer,
+            Stored(
+                jax.tree.map(lambda x, part=part: x[part], state.curvature(name)),
+                scale and Scale(scale.square[part], scale.weight[part]),
+                state.ages[index],
+                state.skipped[index],
+            ),
+        )
 
 
 def states(opt_state: Any) -> list[ScaleByAdaFisherState]:

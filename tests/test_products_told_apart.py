@@ -249,6 +249,20 @@ def test_a_product_by_hand_beside_a_flax_layer_is_one_more_use():
     assert listed(the_other_way, params, X) == {"kernel": SEVERAL, "bias": SEVERAL}
 
 
+def test_what_a_norm_scales_is_data_for_what_multiplies_it():
+    norm = nn.LayerNorm(param_dtype=jnp.float64)
+    params = {"norm": norm.init(jax.random.key(0), X)["params"], "w": real(5, 3)}
+    x = real(1, 4, 5)
+
+    def loss_fn(params, x):
+        y = norm.apply({"params": params["norm"]}, x)
+        scores = jnp.einsum("bti,bsi->bts", y.reshape(1, 4, 5) * 2, jnp.tanh(y))
+        return loss_of(scores) + loss_of(y @ params["w"]) + loss_of(y[:1, :1] @ jnp.ones((5, 2)))
+
+    layout, _ = captured(loss_fn, params, x)
+    assert layout.covered == 1
+
+
 def test_a_table_that_is_looked_up_and_multiplied_by_the_other_way():
     table, ids = jnp.asarray(real(7, 3)), jnp.array([[1, 2], [6, 2]])
 

@@ -112,9 +112,11 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
         here = around.at(index, eqn)
         run = functools.partial(_run, eqn, here)
         if eqn.primitive is tap_p:
-            if eqn.params["use"] is not None:
-                found.append(_mark(eqn, operands, here.place, around.inside))
             outputs = operands[:1]
+            if eqn.params["use"] is not None:
+                mark = _mark(eqn, operands, here.place, around.inside)
+                found.append(mark)
+                outputs = [_marked(operands[0], mark)]
         elif name == "scan":
             outputs = _follow_scan(eqn, operands, found, here.place, run)
         elif name == "while":
@@ -164,6 +166,15 @@ def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str
                 found[i] = one.drop(dim, (*place, (level, 0)))
     axes = tuple(one.axes if one else () for one in handed)
     return Mark(eqn.params["use"], tuple(found), place, inside, axes)
+
+
+def _marked(output: Origin | None, mark: Mark) -> Origin | None:
+    """The origin of a known layer's output: as for what uses it, its own parameters are data."""
+    own = {x.source for x in mark.origins if x}
+    if output is None or not output.parameters & own:
+        return output
+    left = output.parameters - own
+    return dataclasses.replace(output, behind=left) if left else None
 
 
 def _multiply(

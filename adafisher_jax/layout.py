@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -103,7 +103,19 @@ class Layer:
     @property
     def nameless(self) -> "Layer":
         """What is the same of layers that differ in nothing but paths."""
-        weight, bias = (x and dataclasses.replace(x, path="") for x in (self.weight, self.bias))
+        return self._with(lambda leaf: dataclasses.replace(leaf, path=""))
+
+    def stacked(self, count: int) -> "Layer":
+        """As many layers like this one, their arrays stacked along a new first axis."""
+        return self._with(lambda leaf: Leaf("", (count, *leaf.shape), ("stack", *leaf.axes)))
+
+    @property
+    def one(self) -> "Layer":
+        """One of such `stacked` layers."""
+        return self._with(lambda leaf: Leaf("", leaf.shape[1:], leaf.axes[1:]))
+
+    def _with(self, change: Callable[[Leaf], Leaf]) -> "Layer":
+        weight, bias = (leaf and change(leaf) for leaf in (self.weight, self.bias))
         return dataclasses.replace(self, path="", weight=weight, bias=bias)
 
     @property
@@ -138,6 +150,10 @@ class Layer:
     @property
     def fan_in(self) -> int:
         return math.prod(self.shape[i] for i in self.ins)
+
+    @property
+    def fan_out(self) -> int:
+        return math.prod(self.shape[i] for i in self.outs)
 
     @property
     def rows_shape(self) -> tuple[int, ...]:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adafisher_jax import in_turn
+from adafisher_jax.alike import Group, groups, stack
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import (
     Layer,
@@ -25,6 +27,7 @@ from adafisher_jax.rules import (
     Pair,
     Rule,
     Scale,
+    Vectors,
     check_fraction,
     is_number,
     make_rule,
@@ -39,18 +42,20 @@ class ScaleByAdaFisherState(NamedTuple):
     Attributes:
       count: steps taken.
       mu: running average of the gradients.
-      factors: running averages of each layer's `Factor`, by layer path. Those of a rule that
-        starts at zero are to be divided by the layer's slot.
-      slots: the bias slot of each layer's `h`, by layer path; it counts the refreshes.
-      scales: a mean square for each parameter, by its path, and its steps' leading directions,
-        where the rule keeps any.
-      units: what takes each layer's averages to the unit interval, by layer path, where the rule
-        does that, so that a step between refreshes reduces nothing.
-      skipped: for each layer, in the order of `factors`, how many refreshes were skipped because
-        statistics were not finite. None without layers. Of stacked layers, those in which any one
-        was.
-      ages: in the same order, how many steps ago a layer's averages last changed, of stacked layers
-        those of any one.
+      factors: running averages of the layers' `Factor`s: of like layers stacked along a new first
+        axis, under the path of the first (see `adafisher_jax.alike`);
+        `adafisher_jax.diagnostics.averages` has them by layer. Those of a rule that starts at zero
+        are to be divided by the layer's slot.
+      slots: the bias slots of the layers' `h`, likewise; they count the refreshes.
+      scales: of each parameter's steps, where the rule keeps any, the mean square and the leading
+        directions; of those of like layers, under the path of the first.
+      units: what takes averages to the unit interval, where the rule does that, so that a step
+        between refreshes reduces nothing.
+      skipped: for each layer, in the order of their paths, how many refreshes were skipped because
+        statistics were not finite. None without layers. Of layers that a scan has stacked, those in
+        which any one was.
+      ages: in the same order, how many steps ago a layer's averages last changed, or any of those
+        that a scan has stacked.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, and a method of tuples
@@ -63,7 +68,7 @@ class ScaleByAdaFisherState(NamedTuple):
     ages: Any
 
     def curvature(self, path: str) -> Curvature:
-        """What is stored of the layer at a path."""
+        """What is stored of the layers of which the first has this path."""
         return Curvature(self.factors[path], self.slots[path], self.units.get(path))
 
 
@@ -94,7 +99,7 @@ def _all_said(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
 def scale_by_adafisher(
     layout: Layout | None,
     *,
-    rule: str,
+    rule: str | Rule,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,
@@ -119,7 +124,7 @@ def scale_by_adafisher(
 
     Args:
       layout: from `adafisher_jax.trace_layout`; None where there are no layers.
-      rule: `"paper"`, `"official"` or `"centered"`, the recommended one.
+      rule: `"paper"`, `"official"` or `"centered"`, the recommended one; or a `Rule`.
       b1: decay β of the momentum.
       curvature_ema: decay γ of the factors' averages; None for the rule's default.
       damping: λ (or τ); None for the rule's default. Without any (0), entries whose Fisher term
@@ -156,9 +161,10 @@ def scale_by_adafisher(
         raise TypeError(f"mu_dtype: got {jnp.dtype(mu_dtype)}, wanted a floating-point type")
     layers = sorted(layout.layers, key=lambda layer: layer.path) if layout is not None else []
 
-    def own_layers(leaves: dict[str, Any]) -> tuple[Layer, ...]:
-        """The layers with a parameter among `leaves`: masks may have taken the others."""
-        return tuple(x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
+    def own_groups(leaves: dict[str, Any]) -> list[Group]:
+        """Of layers with a parameter among `leaves`: masks may have taken the others."""
+        own = (x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
+        return groups(own, leaves)
 
     def init_fn(params: optax.Params) -> ScaleByAdaFisherState:
         leaves, _ = by_path(params)
@@ -170,20 +176,24 @@ def scale_by_adafisher(
             return ScaleByAdaFisherState(count, params, *nothing)
         if layout is not None:
             layout.check_params(leaves)
-        own = own_layers(leaves)
-        start = {layer.path: chosen.start(layer, layer.dtype(leaves)) for layer in own}
-        places = {leaf.path: (layer, leaf) for layer in own for leaf in layer.leaves}
+        own, rest = own_groups(leaves), dict(leaves)
+        scales: dict[str, Scale | None] = {}
+        for group in own:
+            layer = group.stacked
+            for paths, at in zip(group.paths(leaves), (layer.weight, layer.bias), strict=True):
+                if paths and at:
+                    alike = [rest.pop(path) for path in paths]
+                    stacked = jax.ShapeDtypeStruct(at.shape, alike[0].dtype)
+                    scales[paths[0]] = chosen.start_scale(stacked, layer, at)
+        scales |= {path: chosen.start_scale(leaf, None, None) for path, leaf in rest.items()}
+        layers_count = sum(len(group.layers) for group in own)
         return ScaleByAdaFisherState(
             count=count,
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            **_stored(start),
-            scales={
-                path: scale
-                for path, leaf in leaves.items()
-                if (scale := chosen.start_scale(leaf, *places.get(path, (None, None)))) is not None
-            },
-            skipped=jnp.zeros(len(own), jnp.int32) if own else None,
-            ages=jnp.zeros(len(own), jnp.int32) if own else None,
+            **_stored({one.name: chosen.start(one.stacked, one.dtype(leaves)) for one in own}),
+            scales={path: scale for path, scale in scales.items() if scale is not None},
+            skipped=jnp.zeros(layers_count, jnp.int32) if own else None,
+            ages=jnp.zeros(layers_count, jnp.int32) if own else None,
         )
 
     def update_fn(
@@ -205,9 +215,9 @@ def scale_by_adafisher(
         count = optax.safe_increment(state.count)
         if not grads:
             return updates, state._replace(count=count)
-        own = own_layers(grads)
+        own = own_groups(grads)
         if factors is not None:
-            check_factors(factors, own)
+            check_factors(factors, [layer for group in own for layer in group.layers])
         before = dict(zip(grads, treedef.flatten_up_to(state.mu), strict=True))
         widest = jnp.result_type(jnp.float32, *(jnp.finfo(g.dtype).dtype for g in grads.values()))
         ahead = count + chosen.nesterov
@@ -215,51 +225,57 @@ def scale_by_adafisher(
 
         curvatures: dict[str, Curvature] = {}
         outcomes: list[Outcome] = []
-        after: dict[str, Step] = {}
-        for layer in own:
-            at = layer.path
-            paths = Pair(*(leaf and leaf.path for leaf in (layer.weight, layer.bias)))
-            curvatures[at], outcome, *pairs = _step_layer(
-                layer.nameless,
+        mu: dict[str, jax.Array] = {}
+        steps: dict[str, jax.Array] = {}
+        scales = dict(state.scales)
+        for group in own:
+            pair = Pair(*group.paths(grads))
+            curvatures[group.name], outcome, *found = _step_group(
+                group.stacked,
                 chosen,
                 b1,
                 correction,
-                state.curvature(at),
-                None if factors is None else factors[at],
-                *(paths.pick(of) for of in (before, grads, state.scales)),
+                state.curvature(group.name),
+                None if factors is None else tuple(factors[one.path] for one in group.layers),
+                *(pair.each(of.__getitem__) for of in (before, grads)),
+                Pair(*(paths and scales.get(paths[0]) for paths in pair)),
             )
             outcomes.append(outcome)
-            # In turn, layers need the memory of two or three steps; at once, that of all.
-            squares = [scale.square for scale in pairs[2] if scale is not None]
-            correction = in_turn.after(correction, squares)
-            for path, *found in zip(paths, *pairs, strict=True):
-                if path in grads:
-                    after[path] = Step._make(found)
-        for path, g in grads.items():
-            if path not in after:
-                after[path] = _step_alone(
-                    chosen, b1, correction, before[path], g, state.scales.get(path)
-                )
+            for paths, *of_all, scale in zip(pair, *found, strict=True):
+                for values, into in zip(of_all, (mu, steps), strict=True):
+                    into.update(zip(paths or (), values or (), strict=True))
+                if scale is not None:
+                    scales[paths[0]] = scale
+                    # In turn, groups need the memory of two or three; at once, that of all.
+                    correction = in_turn.after(correction, [scale.square])
+        for path in grads.keys() - mu.keys():
+            mu[path], steps[path], scale = _step_alone(
+                chosen, b1, correction, before[path], grads[path], scales.get(path)
+            )
+            if scale is not None:
+                scales[path] = scale
 
         skipped, ages = state.skipped, state.ages
-        if outcomes:
-            skipped = skipped + jnp.stack([one.skipped for one in outcomes])
-            ages = jnp.where(jnp.stack([one.changed for one in outcomes]), 0, ages + 1)
+        if own:
+            order = np.argsort([layer.path for group in own for layer in group.layers])
+            of_layers = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *outcomes)
+            skipped = skipped + of_layers.skipped
+            ages = jnp.where(of_layers.changed, 0, ages + 1)
         new_state = ScaleByAdaFisherState(
             count=count,
-            mu=treedef.unflatten([after[path].mu for path in grads]),
+            mu=treedef.unflatten([mu[path] for path in grads]),
             **_stored(curvatures),
-            scales={path: after[path].scale for path in state.scales},
+            scales=scales,
             skipped=skipped,
             ages=ages,
         )
-        return treedef.unflatten([after[path].direction for path in grads]), new_state
+        return treedef.unflatten([steps[path] for path in grads]), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _stored(curvatures: Mapping[str, Curvature]) -> dict[str, Any]:
-    """The fields of the state that hold these, by layer path."""
+    """The fields of the state that hold these."""
     return {
         "factors": {path: curvature.factor for path, curvature in curvatures.items()},
         "slots": {path: curvature.slot for path, curvature in curvatures.items()},
@@ -271,46 +287,49 @@ def _stored(curvatures: Mapping[str, Curvature]) -> dict[str, Any]:
     }
 
 
-class Step(NamedTuple):
-    """What becomes of one parameter's momentum, its direction, and its scale if it has one."""
-
-    mu: jax.Array
-    direction: jax.Array
-    scale: Any
-
-
-# Jitted, so that like layers, and like parameters, are traced and lowered once.
+# Jitted, so that groups of the same layers, and like parameters, are traced and lowered once.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step_layer(
+def _step_group(
     layer: Layer,
     rule: Rule,
     b1: Any,
     correction: jax.Array,
     curvature: Curvature,
-    fresh: Factor | None,
+    fresh: tuple[Factor, ...] | None,
     mu: Pair,
     grads: Pair,
     scales: Pair,
 ) -> tuple[Curvature, Outcome, Pair, Pair, Pair]:
-    """A layer's averages, what came of them, and its parameters' momenta, directions and scales."""
-    outcome = Outcome(*(jnp.zeros([], bool) for _ in range(2)))
+    """A group's averages, what came of them, and its parameters' momenta, steps and scales."""
+    outcome = Outcome(*(jnp.zeros(layer.shape[0], bool) for _ in range(2)))
     if fresh is not None:
-        curvature, outcome = rule.refresh(layer, curvature, fresh)
-    new, momentum = _momentum(rule, b1, correction, mu, grads)
-    directions, scales = rule.direction(layer, curvature, momentum, grads, scales)
-    return curvature, outcome, _typed_like(mu, new), _steps_like(grads, directions), scales
+        curvature, outcome = rule.refresh(layer, curvature, stack(fresh))
+    new = _typed_like(mu, _averages(b1, mu, grads))
+    momentum = _momentum(rule, b1, correction, mu, grads)
+    # Again, of stacked vectors: XLA would rather store each momentum apart than compute it twice.
+    together = (_vectors(layer, pair) for pair in (mu, grads))
+    vectors = Vectors(_momentum(rule, b1, correction, *together), _vectors(layer, grads))
+    steps, scales = rule.direction(layer, curvature, momentum, vectors, scales)
+    return curvature, outcome, new, _steps_like(grads, steps), scales
+
+
+def _vectors(layer: Layer, pair: Pair) -> Pair:
+    """Biases, or all that normalization layers have, stacked."""
+    weights, biases = pair
+    kept = Pair(weights if layer.kind == "norm" else None, biases)
+    return Pair(*(values and stack(values) for values in kept))
 
 
 @jax.jit
 def _step_alone(
     rule: Rule, b1: Any, correction: jax.Array, mu: jax.Array, grad: jax.Array, scale: Any
-) -> Step:
-    """The same of a parameter outside every layer."""
-    new, momentum = _momentum(rule, b1, correction, mu, grad)
-    direction, scale = rule.fallback(momentum, grad, scale)
-    return Step(_typed_like(mu, new), _steps_like(grad, direction), scale)
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The momentum, step and scale of a parameter outside every layer."""
+    new = _typed_like(mu, _averages(b1, mu, grad))
+    step, scale = rule.fallback(_momentum(rule, b1, correction, mu, grad), grad, scale)
+    return new, _steps_like(grad, step), scale
 
 
 def _typed_like(wanted: Any, values: Any) -> Any:
@@ -323,12 +342,16 @@ def _steps_like(grads: Any, steps: Any) -> Any:
     return jax.tree.map(lambda step: jnp.where(jnp.isfinite(step), step, 0), typed)
 
 
-def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> tuple[Any, Any]:
-    """The averages after these gradients, and what a step uses: bias-corrected, maybe ahead."""
-    average = functools.partial(_average, b1)
-    new = jax.tree.map(average, mu, grads)
-    used = jax.tree.map(average, new, grads) if rule.nesterov else new
-    return new, jax.tree.map(lambda m: m * correction.astype(m.dtype), used)
+def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> Any:
+    """What a step uses of the momentum: bias-corrected, maybe ahead."""
+    used = _averages(b1, mu, grads)
+    if rule.nesterov:
+        used = _averages(b1, used, grads)
+    return jax.tree.map(lambda m: m * correction.astype(m.dtype), used)
+
+
+def _averages(b1: Any, mu: Any, grads: Any) -> Any:
+    return jax.tree.map(functools.partial(_average, b1), mu, grads)
 
 
 def _average(b1: Any, mu: jax.Array, grad: jax.Array) -> jax.Array:
@@ -345,7 +368,7 @@ def adafisher(
     learning_rate: optax.ScalarOrSchedule,
     layout: Layout | None,
     *,
-    rule: str,
+    rule: str | Rule,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,
@@ -395,7 +418,7 @@ def adafisherw(
     learning_rate: optax.ScalarOrSchedule,
     layout: Layout | None,
     *,
-    rule: str,
+    rule: str | Rule,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,

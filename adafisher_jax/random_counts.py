@@ -10,7 +10,7 @@ import enum
 
 from jax.extend import core
 
-from adafisher_jax.capture.lineage import bodies
+from adafisher_jax.capture.places import bodies
 
 
 class Behind(enum.IntEnum):

@@ -5,16 +5,56 @@ of the step to the others. They change slowly, so that products with a few vecto
 are enough to follow them, stored in half precision.
 """
 
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from adafisher_jax.alike import everywhere, stack
+from adafisher_jax.layout import Layer
 
 DIRECTIONS = 16
 STORED = jnp.bfloat16  # a point of departure is all that they are
 LEAST = 1e-4  # of the mean square of all singular values, to which leading ones are cut at most
 INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
 
-Excess = tuple[jax.Array, jax.Array]
+Steps = Sequence[jax.Array]
+
+
+class Cut(NamedTuple):
+    r"""The excess :math:`E_i = L_i^T R_i` of the matrices `D_i` of like layers' steps.
+
+    Attributes:
+      left: rows of `L`, (matrices, k, rows).
+      right: rows of `R`, (matrices, k, columns).
+      square: the sum of squares of each :math:`D_i - E_i`, (matrices,).
+      pulled: a vector's product with each :math:`D_i - E_i`, (matrices, 1, columns), or None.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    square: jax.Array
+    pulled: jax.Array | None
+
+    def subtract(self, layer: Layer, steps: Steps) -> list[jax.Array]:
+        """Each :math:`D_i - E_i`, in the weights' axes."""
+        left = _in_axes(layer, self.left, layer.ins, len(steps))
+        right = _in_axes(layer, self.right, layer.outs, len(steps))
+        found = []
+        for step, rows, columns in zip(steps, left, right, strict=True):
+            found.append(
+                step
+                - jax.lax.platform_dependent(
+                    _beside(layer, rows, layer.ins, step),
+                    _beside(layer, columns, layer.outs, step),
+                    cpu=functools.partial(_product, _equation(layer, "bzi,bzo->w")),
+                    default=functools.partial(_outer, layer),
+                )
+            )
+        return found
 
 
 def start(matrices: tuple[int, int, int]) -> jax.Array | None:
@@ -40,8 +80,12 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
 
 
 def leading_excess(
-    step: jax.Array, basis: jax.Array, where: jax.Array
-) -> tuple[Excess, jax.Array, jax.Array]:
+    layer: Layer,
+    steps: Steps,
+    basis: jax.Array,
+    where: jax.Array,
+    vector: jax.Array | None = None,
+) -> tuple[Cut, jax.Array]:
     r"""By how much the leading singular values of each matrix `D` exceed the others.
 
     Half a step of subspace iteration moves the directions on: with `n` the shorter side of `D`
@@ -61,100 +105,165 @@ def leading_excess(
     where `D` has nothing.
 
     Args:
-      step: `D`, (matrices, rows, columns).
-      basis: `V` as rows, as `start` returns it.
+      layer: each of like layers, whose inputs are rows and whose outputs columns of matrices, one
+        for each block.
+      steps: of their weights.
+      basis: `V` as rows, as `start` returns it: those of all layers' matrices.
       where: false for matrices without any excess, (matrices,).
+      vector: to be multiplied with each :math:`D - E`, (matrices, 1, rows).
 
     Returns:
-      `E` as its two factors, (matrices, rows, k) and (matrices, k, columns); the next `V`; and the
-      sum of squares of `D - E`, (matrices,).
+      The excess, and the next `V`.
     """
-    total = everywhere(jnp.sum(jnp.square(step), (1, 2)))
-    before = basis.astype(step.dtype)
+    total = _sum_squares(layer, steps)
+    before = basis.astype(steps[0].dtype)
     follow = (where & jnp.isfinite(total))[:, None, None]
-    tall = step.shape[1] >= step.shape[2]
 
-    # Vectors are rows along columns and columns along rows, so that no product transposes `step`.
-    def along_columns(columns: jax.Array) -> jax.Array:
-        return jnp.where(follow, _product("bik,bij->bkj", columns, step), 0)
+    def along_columns(vectors: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Their products, and that of the vector, which costs little beside them."""
+        if vector is None:
+            return _along_columns(layer, steps, vectors), None
+        found = _along_columns(layer, steps, jnp.concatenate([vectors, vector], 1))
+        return found[:, :-1], found[:, -1:]
 
-    def along_rows(rows: jax.Array) -> jax.Array:
-        return jnp.where(follow, _product("bij,bkj->bik", step, rows), 0)
+    if tall := layer.fan_in >= layer.fan_out:
+        directions = _orthonormal(jnp.where(follow, _along_rows(layer, steps, before), 0))
+        images, pulled = along_columns(directions)
+    else:
+        longer, pulled = along_columns(before)
+        directions = _orthonormal(jnp.where(follow, longer, 0))
+        images = _along_rows(layer, steps, directions)
+    images = jnp.where(follow, images, 0)
 
-    def to_longer(vectors: jax.Array) -> jax.Array:
-        return along_rows(vectors).mT if tall else along_columns(vectors.mT)
-
-    def to_shorter(vectors: jax.Array) -> jax.Array:
-        return along_columns(vectors.mT) if tall else along_rows(vectors).mT
-
-    directions = jax.lax.fori_loop(0, 3, lambda _, rows: _orthonormal(rows), to_longer(before))
-    images = to_shorter(directions)
     squares = jnp.sum(jnp.square(images), 2)
     rest = jnp.maximum(total - jnp.sum(squares, 1), 0)
     n, k = basis.shape[2], basis.shape[1]
     cap = jnp.maximum(rest / (n - k), LEAST * total / n)[:, None]
     kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
     cut = (1 - kept)[..., None] * directions
-    left = rest + jnp.sum(jnp.square(kept) * squares, 1)
+    left, right = (cut, images) if tall else (images, cut)
+    if vector is not None and pulled is not None:
+        shares = _product("bji,bki->bjk", vector, left)
+        pulled = pulled - _product("bjk,bko->bjo", shares, right)
+    square = rest + jnp.sum(jnp.square(kept) * squares, 1)
     largest = jnp.max(squares, 1)[:, None, None]
     relative = images * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
     basis = jnp.where(largest > 0, (relative + INERTIA * before).astype(STORED), basis)
-    return (cut.mT, images) if tall else (images.mT, cut), basis, left
+    return Cut(left, right, square, pulled), basis
 
 
-def no_excess(step: jax.Array) -> Excess:
-    """The factors of zero."""
-    count, rows, columns = step.shape
-    return jnp.zeros((count, rows, 0), step.dtype), jnp.zeros((count, 0, columns), step.dtype)
+def no_excess(layer: Layer, steps: Steps, vector: jax.Array | None = None) -> Cut:
+    """That of matrices which are left as they are."""
+    square = _sum_squares(layer, steps)
+    left, right = (
+        jnp.zeros((len(square), 0, n), steps[0].dtype) for n in (layer.fan_in, layer.fan_out)
+    )
+    pulled = None if vector is None else _along_columns(layer, steps, vector)
+    return Cut(left, right, square, pulled)
 
 
-def subtract(step: jax.Array, excess: Excess) -> jax.Array:
-    """A step without its excess, `D - E`."""
-    rows, columns = excess
-    return step - _product("bik,bkj->bij", rows, columns)
+def _sum_squares(layer: Layer, steps: Steps) -> jax.Array:
+    """Of each matrix, (matrices,): over outputs apart, and over inputs for all together."""
+    squares = [jnp.sum(jnp.square(jnp.abs(x)), layer.outs, keepdims=True) for x in steps]
+    return jnp.sum(stack(squares), tuple(1 + i for i in layer.ins)).reshape(-1)
 
 
-def over_rows(vector: jax.Array, step: jax.Array, excess: Excess) -> jax.Array:
-    """The product of a vector (matrices, rows, 1), transposed, and `D - E`."""
-    rows, columns = excess
-    shares = _product("bik,bij->bkj", vector, rows)
-    return _product("bik,bij->bkj", vector, step) - _product("bki,bij->bkj", shares, columns)
+def _along_rows(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
+    """Products of rows (matrices, k, columns) with those of each matrix: (matrices, k, rows)."""
+    given = _in_axes(layer, vectors, layer.outs, len(steps))
+    equation = _equation(layer, "w,bzo->biz")  # as a product of matrices has it
+    found = [everywhere(_product(equation, *pair)) for pair in zip(steps, given, strict=True)]
+    return jnp.stack(found).reshape(len(vectors), layer.fan_in, -1).mT
+
+
+def _along_columns(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
+    """Products of rows (matrices, k, rows) with the columns: (matrices, k, columns)."""
+    given = _in_axes(layer, vectors, layer.ins, len(steps))
+    equation = _equation(layer, "bzi,w->bzo")
+    found = [everywhere(_product(equation, *pair)) for pair in zip(given, steps, strict=True)]
+    return jnp.stack(found).reshape(len(vectors), -1, layer.fan_out)
+
+
+# A weight is never reshaped, which on several devices could move it: vectors are, to its axes.
+
+
+def _equation(layer: Layer, short: str) -> str:
+    """An equation for `einsum`, with the axes of the weight, its blocks, inputs and outputs."""
+    for name, axes in (
+        ("w", range(len(layer.shape))),
+        ("b", layer.blocks),
+        ("i", layer.ins),
+        ("o", layer.outs),
+    ):
+        short = short.replace(name, "".join(chr(ord("A") + axis) for axis in axes))
+    return short
+
+
+def _in_axes(
+    layer: Layer, vectors: jax.Array, side: tuple[int, ...], count: int
+) -> Sequence[jax.Array]:
+    """Vectors (matrices, k, n) of each of some layers, in axes: (*blocks, k, *side)."""
+    blocks, n = ([layer.shape[i] for i in axes] for axes in (layer.blocks, side))
+    return jnp.unstack(vectors.reshape(count, *blocks, vectors.shape[1], *n))
+
+
+def _beside(layer: Layer, x: jax.Array, side: tuple[int, ...], step: jax.Array) -> jax.Array:
+    """Vectors in axes that lie, on explicit mesh axes, where those of the step do."""
+    sharding = jax.typeof(step).sharding
+    if not any(sharding.spec):
+        return x
+    blocks, own = ([sharding.spec[i] for i in axes] for axes in (layer.blocks, side))
+    spec = jax.sharding.PartitionSpec(*blocks, None, *own)
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def _outer(layer: Layer, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """What a product is, in a loop over its entries, which need not be in memory.
+
+    On a CPU such a loop is slow, on a GPU it is part of the one that steps the weight.
+    """
+
+    def spread(x: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        own = (*layer.blocks, *side)
+        order = [own.index(i) for i in sorted(own)]
+        k = len(layer.blocks)
+        x = x.transpose(k, *(i + (i >= k) for i in order))
+        return jnp.expand_dims(x, [1 + i for i in range(len(layer.shape)) if i not in own])
+
+    return jnp.sum(spread(rows, layer.ins) * spread(columns, layer.outs), 0)
 
 
 def _orthonormal(vectors: jax.Array) -> jax.Array:
-    """Rows nearer to those that Gram and Schmidt make of them: a pass of shifted Cholesky QR.
+    r"""Rows nearer to those that Gram and Schmidt make of them: a pass of shifted Cholesky QR.
 
-    What is added to the diagonal lets it succeed whatever the rows are. A row of which those before
-    leave a thousandth is orthogonal to them after one pass, and what rounding leaves of it after
-    three (arXiv:1809.11085), in matrix products instead of reflections.
+    Cosines are taken a bit smaller than they are, by which it succeeds whatever the rows are
+    (arXiv:1809.11085). A row of which those before leave a thousandth is then orthogonal to them.
+    Of one of which they leave less, the less there is the shorter the row that is returned. So
+    :math:`Q Q^T \le 1` of the rows `Q`, up to rounding: what is cut along them is never more than
+    there is, and what is left never larger than it is taken for.
     """
     gram = _product("bkj,blj->bkl", vectors, vectors)
     one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)
     squares = jnp.sum(gram * one, 2)
     unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
-    added = DIRECTIONS * jnp.finfo(gram.dtype).eps
-    cosines = gram * unit[:, :, None] * unit[:, None]
-    lower = jax.lax.linalg.cholesky(cosines + added * one, symmetrize_input=False)
+    less = 1 - DIRECTIONS * jnp.finfo(gram.dtype).eps
+    cosines = jnp.where(one > 0, one, less * gram * unit[:, :, None] * unit[:, None])
+    lower = jax.lax.linalg.cholesky(cosines, symmetrize_input=False)
     inverse = jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
-    lengths = 1 - added * jnp.sum(jnp.square(inverse), 2, keepdims=True)
-    inverse = inverse * jax.lax.rsqrt(jnp.maximum(lengths, 0.5))
     return _product("bkl,blj->bkj", inverse * unit[:, None], vectors)
 
 
 def _product(equation: str, *operands: jax.Array) -> jax.Array:
-    highest, where = jax.lax.Precision.HIGHEST, _replicated(*operands)
+    """An exact product; on explicit mesh axes, each axis of it lies where its operand's does."""
+    inputs, output = equation.split("->")
+    axes: dict[str, Any] = {}
+    mesh = None
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        sharding = jax.typeof(operand).sharding
+        for letter, axis in zip(letters, sharding.spec, strict=True):
+            if axis is not None:
+                axes[letter], mesh = axis, sharding.mesh
+    spec = jax.sharding.PartitionSpec(*map(axes.get, output))
+    where = None if mesh is None else jax.sharding.NamedSharding(mesh, spec)
+    highest = jax.lax.Precision.HIGHEST
     return jnp.einsum(equation, *operands, precision=highest, out_sharding=where)
-
-
-def everywhere(x: jax.Array) -> jax.Array:
-    """An array that lies on explicit mesh axes, whole on each device."""
-    sharding = _replicated(x)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
-
-
-def _replicated(*operands: jax.Array) -> jax.sharding.NamedSharding | None:
-    """Where operands lie on explicit mesh axes (only these are in a type), everywhere of them."""
-    for sharding in (jax.typeof(operand).sharding for operand in operands):
-        if any(sharding.spec):
-            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return None

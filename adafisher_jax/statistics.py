@@ -25,6 +25,15 @@ def _sum_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.sum(jnp.square(_wide(x)), axis=tuple(axes))
 
 
+def _whole(x: jax.Array) -> jax.Array:
+    """An array that lies on explicit mesh axes, whole on each device."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.reshard(x, everywhere)
+
+
 def numbered(roles: Sequence[str]) -> Axes:
     """Numbers the axes of each role: in, in, out → in0, in1, out0."""
     return tuple(f"{role}{list(roles[:i]).count(role)}" for i, role in enumerate(roles))
@@ -463,8 +472,8 @@ class Lookup:
         return ()
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *letters, looked_up = self.map.x
-        index = self.index(x)
+        letters, looked_up = self.map.x[:-1], self.map.x[-1]
+        index = _whole(self.index(x))
         batch = [i for i, c in enumerate(letters) if c in self.map.weight]
         sizes = [index.shape[i] for i in batch]
         places = [jax.lax.broadcasted_iota(jnp.int32, index.shape, i) for i in batch]

@@ -271,9 +271,11 @@ def _where_due(fun: Callable[..., Any], *args: jax.Array, due: Sequence[jax.Arra
 def _typed_like(value: jax.Array, aval: Any) -> jax.Array:
     """A cotangent as its primal's type wants it: on explicit mesh axes that says its sharding."""
     value = value.astype(aval.dtype)
-    found, wanted = jax.typeof(value).sharding, aval.sharding.spec
-    if found.spec != wanted:
-        value = jax.sharding.reshard(value, jax.sharding.NamedSharding(found.mesh, wanted))
+    found, wanted = jax.typeof(value).sharding, aval.sharding
+    if found.spec != wanted.spec:
+        value = jax.sharding.reshard(value, jax.sharding.NamedSharding(found.mesh, wanted.spec))
+    elif found.mesh != wanted.mesh and wanted.mesh.explicit_axes:  # in `jax.sharding.auto_axes`
+        value = jax.sharding.reshard(value, wanted)
     return value
 
 

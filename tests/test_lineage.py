@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec
 import adafisher_jax as af
 from adafisher_jax import statistics
 from adafisher_jax.capture import lineage
-from adafisher_jax.capture.lineage import Mark, Origin, Slice
+from adafisher_jax.capture.found import Mark
+from adafisher_jax.capture.origins import Origin, Slice
 from adafisher_jax.capture.pieces import Piece, reshape
+from adafisher_jax.capture.places import bodies
 from adafisher_jax.tap import mark
 
 W = jax.ShapeDtypeStruct((4, 3, 2), jnp.float32)  # the source 0: three axes to tell apart
@@ -325,7 +327,7 @@ def test_places_lead_to_the_marks_and_to_the_loops_that_slice():
     def equation(place):
         body = program.jaxpr
         for index, which in place[:-1]:
-            body = list(lineage.bodies(body.eqns[index]))[which]
+            body = list(bodies(body.eqns[index]))[which]
         return body.eqns[place[-1][0]]
 
     found = marks_in(program, 2)

@@ -12,7 +12,14 @@ import pytest
 
 import adafisher_jax as af
 from tests.every_rule import every_rule
-from tests.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
+from tests.hand_made import (
+    curvatures,
+    layout_of,
+    make_layer,
+    quick_jit,
+    random_factors,
+    random_tree,
+)
 
 DENSE = make_layer("dense", "dense", (3, 4), "in0 out0", "out0")
 STACK = make_layer("stack", "dense", (2, 3, 4), "stack0 in0 out0", "stack0 out0")
@@ -56,7 +63,9 @@ def equal(a, b):
 
 
 def averages(state):
-    return state.factors, state.slots
+    """Factors and slots, by layer path."""
+    found = curvatures(state, layout_of(*LAYERS))
+    return tuple({path: one[i] for path, one in found.items()} for i in range(2))
 
 
 class Small(nn.Module):
@@ -106,7 +115,8 @@ def test_the_factors_in_the_state_are_typed_as_those_captured(rule):
     _, _, factors = jax.eval_shape(af.value_and_grad(loss_fn, layout), PARAMS, X)
     assert sorted(factors) == ["Dense_0", "LayerNorm_0", "blocks/Dense_0"]
     assert all(isinstance(factor, af.Factor) for factor in state.factors.values())
-    types = [jax.tree.map(lambda a: (a.shape, a.dtype), f) for f in (state.factors, factors)]
+    stored = jax.eval_shape(lambda state: af.diagnostics.averages(state, layout), state)
+    types = [jax.tree.map(lambda a: (a.shape, a.dtype), f) for f in (stored, factors)]
     assert types[0] == types[1]
 
 

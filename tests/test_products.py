@@ -1,5 +1,7 @@
 """A product of a parameter with data is a layer, whoever wrote it and however."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -483,7 +485,9 @@ def scan_of_shared(mode, p, x):
 
 def two_products_one_bias(mode, p, x):
     first = mode.product(jnp.matmul, x, p["first"], (0,))
-    return loss_of(first + mode.product(jnp.matmul, jnp.sin(x), p["second"], (0,)) + mode.of(p["b"]))
+    return loss_of(
+        first + mode.product(jnp.matmul, jnp.sin(x), p["second"], (0,)) + mode.of(p["b"])
+    )
 
 
 def vmapped_rows(mode, p, x):
@@ -615,9 +619,7 @@ def scan_of_convolutions(mode, p, x):
 
 
 def ensemble_of_tables(mode, p, i):
-    return loss_of(
-        mode.vmap(lambda p, i: mode.product(lambda i, t: t[i], i, p, (0,)), p["t"], i)
-    )
+    return loss_of(mode.vmap(lambda p, i: mode.product(lambda i, t: t[i], i, p, (0,)), p["t"], i))
 
 
 def ensemble_in_scan(mode, p, x):
@@ -648,7 +650,9 @@ def remat_in_scan(mode, p, x):
 
 def perceiver(mode, p, x):
     """Latents are data, a scale and a shift are no layers."""
-    q = mode.product(jnp.matmul, jnp.sin(x) * mode.of(p["scale"]) + mode.of(p["shift"]), p["q"], (0,))
+    q = mode.product(
+        jnp.matmul, jnp.sin(x) * mode.of(p["scale"]) + mode.of(p["shift"]), p["q"], (0,)
+    )
     k = mode.product(jnp.matmul, x, p["k"], (0,))
     return loss_of(jax.nn.softmax(q @ k.T) @ x)
 

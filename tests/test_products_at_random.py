@@ -69,9 +69,7 @@ class Maker:
             return mode.product(lambda x, w: jnp.einsum("...i,inh->...nh", x, w), x, p["w"], (0,))
 
         def back(mode, p, x):
-            return mode.product(
-                lambda x, w: jnp.einsum("...nh,nho->...o", x, w), x, p["w"], (0, 1)
-            )
+            return mode.product(lambda x, w: jnp.einsum("...nh,nho->...o", x, w), x, p["w"], (0, 1))
 
         first, run = self.biased((heads, size), self.array(*stack, n, heads, size), to, stack)
         second, rerun = self.biased((m,), self.array(*stack, heads, size, m), back, stack)
@@ -160,8 +158,13 @@ class Maker:
             return mode.product(convolved, x, p["w"], ins, out=out)
 
         shape = (m, n // groups, window) if first else (window, n // groups, m)
-        params, run = self.biased((m,), self.array(*stack, *shape), product, stack,
-                                  lambda y, b: y + (b[:, None] if first else b))
+        params, run = self.biased(
+            (m,),
+            self.array(*stack, *shape),
+            product,
+            stack,
+            lambda y, b: y + (b[:, None] if first else b),
+        )
 
         def back(mode, p, x):
             y = run(mode, p, x)
@@ -223,7 +226,11 @@ class Maker:
         last, rerun = self.block(n, m, stack, depth - 1)
 
         def both(mode, p, x):
-            called = mode.jit(functools.partial(run, mode)) if depth % 2 else functools.partial(run, mode)
+            called = (
+                mode.jit(functools.partial(run, mode))
+                if depth % 2
+                else functools.partial(run, mode)
+            )
             y = _like(called(p["first"], x), x)
             return rerun(mode, p["last"], _like(called(p["first"], y), x))
 

@@ -55,13 +55,17 @@ def captured(loss_fn, params, *args):
         return af.value_and_grad(loss_fn, layout)(*args), jax.grad(loss_fn)(*args)
 
     (_, grads, factors), wanted = fast_jit(both)(params, *args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), grads, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), grads, wanted
+    )
     return layout, factors
 
 
 def assert_rows(factor, inputs, outputs):
     """Whether a dense factor is that of some rows of inputs and of output cotangents."""
-    inputs, outputs = (jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in of]) for of in (inputs, outputs))
+    inputs, outputs = (
+        jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in of]) for of in (inputs, outputs)
+    )
     assert factor.rows == len(inputs) == len(outputs)
     for found, wanted in (
         (factor.h, inputs**2),
@@ -97,7 +101,10 @@ HALF = {
     "a slice of it": (lambda w, x: x[:, :3] @ w[:3], REARRANGED),
     "back to front": (lambda w, x: x @ w[::-1], REARRANGED),
     "divided by its norm": (lambda w, x: x @ (w / jnp.linalg.norm(w)), TRANSFORMED),
-    "divided by what it makes of data": (lambda w, x: x @ (w / jnp.linalg.norm(V @ w)), TRANSFORMED),
+    "divided by what it makes of data": (
+        lambda w, x: x @ (w / jnp.linalg.norm(V @ w)),
+        TRANSFORMED,
+    ),
     "divided by its largest singular value": (lambda w, x: x @ (w / (V @ w @ V)), TRANSFORMED),
     "transposed": (lambda w, x: x @ w.T, SEVERAL),
     "copies of it": (
@@ -108,14 +115,14 @@ HALF = {
     "own reverse rule": (lambda w, x: own_vjp(x, w), OWN_RULE),
     "own forward rule": (lambda w, x: own_jvp(x, w), OWN_RULE),
     "complex": (lambda w, x: jnp.abs((x + 1j * x) @ w), COMPLEX),
-    "an axis of both": (
-        lambda w, x: x @ w.T.reshape(25)[None].repeat(1, 0).reshape(5, 5),
-        None,
-    ),
     "batch groups": (
         lambda w, x: lax.conv_general_dilated(
-            jnp.ones((10, 3, 5)), w[None], (1,), "SAME",
-            dimension_numbers=("NWC", "WIO", "NWC"), batch_group_count=5,
+            jnp.ones((10, 3, 5)),
+            w[None],
+            (1,),
+            "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            batch_group_count=5,
         ),
         "the kernel of a convolution in batch groups",
     ),
@@ -126,8 +133,8 @@ HALF = {
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_use_that_cannot_be_captured_is_never_left_out(name, beside):
     use, why = HALF[name]
-    if why is None or (why == SEVERAL and not beside):
-        return
+    if why == SEVERAL and not beside:
+        pytest.skip("one use alone is a layer")
 
     def loss_fn(params, x):
         plain = loss_of(x @ params["w"]) if beside else 0.0
@@ -170,6 +177,15 @@ def test_products_of_parameters_alone_are_listed():
     g = cotangents(X @ params["a"] @ params["b"])
     assert_rows(factors["b"], [X @ params["a"]], [g])
     assert_rows(factors["a"], [X], [g @ params["b"].T])
+
+
+def test_an_axis_of_inputs_and_outputs_is_listed():
+    params = {"w": real(15), "v": real(5, 2)}
+
+    def loss_fn(params, x):
+        return loss_of(x @ params["w"].reshape(5, 3)) + loss_of(x @ params["v"])
+
+    assert listed(loss_fn, params, X) == {"w": "an axis of it is both of inputs and of outputs"}
 
 
 def test_weights_made_one_are_listed():
@@ -327,7 +343,10 @@ def test_a_loop_without_end_takes_no_part():
 
     def loss_fn(params, x):
         w = lax.stop_gradient(params["w"])
-        step = lambda c: (c[0] + 1, jnp.tanh(c[1] @ w))
+
+        def step(c):
+            return (c[0] + 1, jnp.tanh(c[1] @ w))
+
         return loss_of(lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1] @ params["v"])
 
     _, factors = captured(loss_fn, params, X)
@@ -351,7 +370,11 @@ def test_in_a_shard_map(kind):
     rows = PartitionSpec("d")
 
     def loss_fn(params, x):
-        x = jax.reshard(x, jax.sharding.NamedSharding(mesh, rows)) if kind is AxisType.Explicit else x
+        x = (
+            jax.reshard(x, jax.sharding.NamedSharding(mesh, rows))
+            if kind is AxisType.Explicit
+            else x
+        )
         run = functools.partial(
             jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows
         )
@@ -369,7 +392,10 @@ def test_a_part_of_a_parameter_on_each_device_is_listed():
 
     def loss_fn(params, x):
         @functools.partial(
-            jax.shard_map, mesh=mesh, in_specs=(PartitionSpec("d"), whole), out_specs=PartitionSpec("d")
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(PartitionSpec("d"), whole),
+            out_specs=PartitionSpec("d"),
         )
         def run(w, x):
             return w @ x
@@ -393,8 +419,6 @@ def test_on_an_explicit_mesh():
         ids = jax.device_put(jnp.array([1, 2, 2, 6]), jax.NamedSharding(mesh, PartitionSpec("d")))
         layout, _ = captured(loss_fn, params, ids)
     assert layout.covered == 1
-
-
 
 
 def convolved(x, w):
@@ -495,3 +519,40 @@ def test_statistics_that_are_not_due_and_micro_batches():
         np.testing.assert_allclose(factor.h, factors[path].h, rtol=1e-10)
         np.testing.assert_allclose(factor.s, factors[path].s / 4, rtol=1e-10)
         assert factor.rows == 2 * factors[path].rows
+
+
+WHOLE = {
+    "merged": lambda p, x: x @ p["w"].reshape(5, 8),
+    "transposed": lambda p, x: jnp.einsum("bi,inh->bnh", x, p["w"]).reshape(len(x), 8),
+}
+NOT_WHOLE = {
+    "split": lambda p, x: jnp.einsum("bi,inh->bnh", x, p["flat"].reshape(5, 2, 4)),
+    "stack of kernels": lambda p, x: jax.vmap(convolved)(jnp.stack([x, x]), p["kernels"]),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_factors_have_the_diagonals(name):
+    params = {"w": jnp.asarray(real(5, 2, 4))}
+
+    def loss_fn(params, x):
+        return loss_of(WHOLE[name](params, x))
+
+    layout, factors = captured(loss_fn, params, X)
+    found = fast_jit(af.diagnostics.full_factors(loss_fn, layout))(params, X)[""]
+    np.testing.assert_allclose(jnp.diagonal(found.h), factors[""].h.reshape(-1), rtol=1e-10)
+    np.testing.assert_allclose(jnp.diagonal(found.s), factors[""].s.reshape(-1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", NOT_WHOLE)
+def test_whole_factors_that_are_not_defined_are_refused(name):
+    params = {"flat": jnp.asarray(real(5, 8)), "kernels": jnp.asarray(real(2, 3, 5, 3))}
+    params = {k: v for k, v in params.items() if (k == "flat") == (name == "split")}
+
+    def loss_fn(params, x):
+        return loss_of(NOT_WHOLE[name](params, x))
+
+    layout, _ = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    with pytest.raises(ValueError, match="leave its layer out of `paths`"):
+        af.diagnostics.full_factors(loss_fn, layout)(params, X)

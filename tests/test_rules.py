@@ -278,10 +278,10 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     variance = np.var(x, 0)
     root_h = np.sqrt(variance / variance.mean() + TAU)[:, None]
     root_s = np.sqrt(s2[0] / s2.mean() + TAU)
-    d_w = (g_w / (root_h * root_s))[None]
-    basis = spectrum.start(d_w.shape)
-    excess, *_ = spectrum.leading_excess(d_w, basis, jnp.ones(1, bool))
-    d_w = spectrum.subtract(d_w, excess)[0]
+    d_w = g_w / (root_h * root_s)
+    basis = spectrum.start((1, *d_w.shape))
+    cut, _ = spectrum.leading_excess(layer, [d_w], basis, jnp.ones(1, bool))
+    (d_w,) = cut.subtract(layer, [d_w])
     d_b = g_b / root_s
     new_w = w - 0.2 * d_w / np.sqrt(np.mean(d_w**2))
     new_b = shifted - d_b / np.sqrt(np.mean(g_b**2))
@@ -375,7 +375,7 @@ def test_averages_weigh_good_refreshes_by_their_age_and_skip_bad_ones(sequence, 
             for _ in range(pauses):
                 _, state = update(grads, state, None)
     weights = [(1 - gamma) * gamma ** (len(good) - 1 - i) for i in range(len(good))]
-    averages = state.factors["layer"]
+    averages = jax.tree.map(lambda x: x[0], state.factors["layer"])
     found = np.concatenate([np.ravel(v) for v in (averages.h, averages.s, averages.mean)])
     expected = sum((w * v for w, v in zip(weights, good, strict=True)), np.zeros(6))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -453,3 +453,20 @@ def test_the_scales_keep_their_type_beside_a_wider_bias(x64):
     _, after = tx.update(grads, state, factors={"layer": factor})
     types = [[x.dtype for x in jax.tree.leaves(one.scales)] for one in (state, after)]
     assert types[0] == types[1]
+
+
+def test_a_rule_is_taken_where_its_name_is():
+    class Plain(type(make_rule("centered"))):
+        nesterov = False
+
+    grads = random_tree(np.random.default_rng(0), LAYER)
+    factors = random_factors(np.random.default_rng(0), LAYER)
+    found = {}
+    for rule in ("centered", make_rule("centered"), Plain(CENTERED_GAMMA, TAU)):
+        tx = af.scale_by_adafisher(layout_of(LAYER), rule=rule)
+        found[rule] = quick_jit(tx.update)(grads, tx.init(grads), factors=factors)[0]
+    named, same, other = found.values()
+    jax.tree.map(np.testing.assert_array_equal, named, same)
+    assert not np.allclose(other["layer"]["weight"], named["layer"]["weight"], rtol=1e-3)
+    with pytest.raises(ValueError, match="damping: got -1"):
+        af.scale_by_adafisher(layout_of(LAYER), rule=Plain(0.9, -1))

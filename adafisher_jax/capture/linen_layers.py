@@ -12,7 +12,7 @@ import jax
 
 from adafisher_jax import statistics
 from adafisher_jax.capture import readings
-from adafisher_jax.capture.lineage import MARKED
+from adafisher_jax.capture.found import MARKED
 from adafisher_jax.capture.readings import OnCall, Read, Reader, Reading
 
 

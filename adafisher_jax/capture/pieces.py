@@ -83,7 +83,7 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes | None:
         have = 1
         while left and (have < wanted or (wanted == 1 and not taken and left[0].size == 1)):
             piece, missing = left.pop(0), wanted // have
-            if wanted % have or piece.size % min(piece.size, missing):
+            if not piece.size or wanted % have or piece.size % min(piece.size, missing):
                 return None
             if piece.size > missing:
                 rest = piece.size // missing

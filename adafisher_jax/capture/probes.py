@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from adafisher_jax.capture.lineage import Place, Slice, bodies
+from adafisher_jax.capture.origins import Slice
 from adafisher_jax.capture.pieces import Axes, repeated
+from adafisher_jax.capture.places import Place, bodies
 from adafisher_jax.capture.products import Linear
 from adafisher_jax.factors import Factor
 from adafisher_jax.tap import Statistic, tap
@@ -183,7 +184,7 @@ def _on_output(
     """A product, and a tap on its output."""
     (out,) = eqn.outvars
     y, x = core.Var(out.aval), [eqn.invars[i] for i in linear.data]
-    zeros = Factor(*(var.aval for var in probe))
+    zeros: Any = Factor(*(var.aval for var in probe))  # type: ignore[arg-type]
     of_types = jax.make_jaxpr(functools.partial(tap, linear.statistic))
     (bare,) = of_types(tuple(v.aval for v in x), y.aval, zeros).eqns
     return [eqn.replace(outvars=[y])], bare.replace(invars=[y, *x, *probe], outvars=[out])
@@ -235,11 +236,17 @@ def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprE
         return probe, []
 
     def formed(part: jax.Array) -> jax.Array:
-        sizes = dict(zip(known, part.shape, strict=True))
+        sizes: dict[int | None, int] = dict(zip(known, part.shape, strict=True))
         if len({p.axis for p in pieces}) == len(pieces):  # an axis of a norm's pair is of size two
             size = {p: sizes[p.axis] for p in pieces}
         else:
             size = {p: 1 if sizes[p.axis] == 1 else p.size for p in pieces}
+        if math.prod(part.shape) != math.prod(size.values()):
+            raise ValueError(
+                f"a weight whose axes are split before its product, as one of {len(known)} axes "
+                f"into {tuple(math.prod(p.size for p in axis) for axis in axes)}, has no whole "
+                "factors here: leave its layer out of `paths`"
+            )
         part = jax.lax.reshape(part, [size[p] for p in pieces])
         part = jax.lax.transpose(part, [pieces.index(p) for axis in axes for p in axis])
         return jax.lax.reshape(part, [math.prod(size[p] for p in axis) for axis in axes])
@@ -257,7 +264,7 @@ def _applied(
         new = {program.invars[0]: var}
         for eqn in program.eqns:
             new |= {out: core.Var(out.aval) for out in eqn.outvars}
-            invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))  # type: ignore[arg-type]
+            invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))
             eqns.append(eqn.replace(invars=invars, outvars=outvars))
         found.append(new[program.outvars[0]])
     return found, eqns

@@ -135,7 +135,7 @@ def _gather(eqn: core.JaxprEqn, weight: int) -> Linear | str:
         x[j] = letters[i]
     offsets = iter([i for i in others if i not in numbers.collapsed_slice_dims])
     rows, y = iter(x), ""
-    for i in range(len(eqn.outvars[0].aval.shape)):
+    for i in range(_rank(eqn.outvars[0])):
         if i in numbers.offset_dims:
             taken = next(offsets)
             y += new(1) if taken == axis else letters[taken]

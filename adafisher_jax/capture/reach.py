@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jax.extend import core
 
-from adafisher_jax.capture.lineage import Place, bodies
+from adafisher_jax.capture.places import Place, bodies
 
 
 def places_reached(program: core.ClosedJaxpr, outputs: Sequence[bool]) -> set[Place]:

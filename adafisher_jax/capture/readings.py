@@ -15,7 +15,7 @@ import opt_einsum
 from flax.linen.linear import canonicalize_padding
 
 from adafisher_jax import statistics
-from adafisher_jax.capture.lineage import COMPLEX
+from adafisher_jax.capture.found import COMPLEX
 from adafisher_jax.statistics import Window
 from adafisher_jax.tap import Use, mark
 

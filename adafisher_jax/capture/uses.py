@@ -11,16 +11,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from adafisher_jax.capture.lineage import (
-    REARRANGED,
-    RECOMPUTED,
-    Found,
-    Mark,
-    Origin,
-    Place,
-    Product,
-    Refusal,
-)
+from adafisher_jax.capture.found import RECOMPUTED, Found, Mark, Product, Refusal
+from adafisher_jax.capture.origins import COMPUTED, REARRANGED, Origin
+from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, path_of
@@ -237,11 +230,10 @@ class _Reader:
             for leaf in {leaf for f in found for leaf in f.layer.leaves}:
                 owners.setdefault(leaf.path, set()).add(position)
         for position, found in chosen.items():
-            layers = {f.layer for f in found}
-            if len(layers) > 1:
+            layer = found[0].layer
+            if any(f.layer != layer for f in found):
                 self._refuse(found, "used by several layers that differ in their bias or axes")
                 continue
-            (layer,) = layers
             if any(owners[leaf.path] != {position} for leaf in layer.leaves):
                 self._refuse(found, "shares its bias with another layer")
                 continue
@@ -265,8 +257,7 @@ class _Reader:
             if (path := path_of(keys)) not in inside
         }
         uncovered = tuple(
-            Uncovered(leaf, reasons.get(position, "no layer of a known kind uses it as it is"))
-            for position, leaf in outside.values()
+            Uncovered(leaf, reasons.get(position, COMPUTED)) for position, leaf in outside.values()
         )
         layout = Layout(tuple(layers[path] for path in sorted(layers)), uncovered)
         met = {path: refused[i] for path, (i, _) in outside.items() if i in refused}

@@ -171,6 +171,11 @@ class _SecondMoments:
 
 
 def _full(statistic: Statistic) -> Statistic:
+    if getattr(getattr(statistic, "layer", None), "apart", 1) > 1:
+        raise ValueError(
+            "a convolution with a stack of kernels, as `jax.vmap` makes it, has no whole factors "
+            "here: leave its layer out of `paths`"
+        )
     return _SecondMoments(statistic)
 
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from adafisher_jax import spectrum
+from adafisher_jax.alike import each, everywhere
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Leaf
-from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale
+from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale, Vectors
 
 
 class Centered(Rule):
@@ -69,67 +70,92 @@ class Centered(Rule):
         return (s + self.damping) * (h if layer.kind == "norm" else h + self.damping)
 
     def direction(
-        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+        self, layer: Layer, curvature: Curvature, momentum: Pair, vectors: Vectors, scales: Pair
     ) -> tuple[Pair, Pair]:
-        (d_w, d_b), (scale_w, scale_b) = momentum, scales
-        centers = layer.kind != "norm" and d_w is not None and d_b is not None
+        (weights, biases), (scale_w, scale_b) = momentum, scales
+        centers = layer.kind != "norm" and weights is not None and biases is not None
         refreshed = self.refreshed(curvature)
         h, _, s = self.scaled(layer, curvature, centers)
         inverse_h, inverse_s = (
             _inverse_root(jnp.where(refreshed, x + self.damping, 1)) for x in (h, s)
         )
-        mean = curvature.factor.mean / jnp.where(refreshed, curvature.slot, 1)
-
-        if layer.bias is not None and d_b is not None:
-            scaled = d_b * layer.to_bias(inverse_s)
-            d_b, scale_b = self._vector(scaled, grads.bias, scale_b, layer.bias.axes)
-        if d_w is not None and layer.kind == "norm":
-            d_w, scale_w = self._vector(d_w * inverse_s, grads.weight, scale_w, layer.axes)
-        elif d_w is not None:
-            d_w = d_w * (inverse_h * inverse_s)
-            least = jnp.zeros(())
+        if biases is not None and layer.bias is not None:
+            scale_b, inverse = self._of_vectors(scale_b, vectors.grads.bias, layer.bias.axes)
+            biases = each(jnp.multiply, biases, layer.to_bias(inverse_s) * inverse)
+        if weights is not None and layer.kind == "norm":
+            scale_w, inverse = self._of_vectors(scale_w, vectors.grads.weight, layer.axes)
+            weights = each(jnp.multiply, weights, inverse_s * inverse)
+        elif weights is not None:
+            parts, mean, least = [inverse_h, inverse_s], None, jnp.zeros(())
             if centers:
-                of_out = spectrum.everywhere(layer.from_bias(momentum.bias)) * inverse_s
-                of_in = mean * inverse_h
-                d_w = d_w - of_in * of_out
+                mean = curvature.factor.mean / jnp.where(refreshed, curvature.slot, 1)
+                of_in, of_out = mean * inverse_h, layer.from_bias(vectors.momentum.bias) * inverse_s
+                parts += [of_in, of_out]
                 # Where no more than rounding is left of the difference, it is no step.
                 least = _mean(_squared(of_in), layer.axes) * _mean(_squared(of_out), layer.axes)
-                least = jnp.finfo(d_w.dtype).eps * least
-            matrices = layer.to_matrices(d_w)
-            _, rows, columns = matrices.shape
-            excess, left = spectrum.no_excess(matrices), jnp.sum(_squared(matrices), (1, 2))
-            if scale_w.basis is not None:
-                where = refreshed.reshape(-1)
-                excess, basis, left = spectrum.leading_excess(matrices, scale_w.basis, where)
-                scale_w = scale_w._replace(basis=basis)
-            square = _mean(left.reshape(layer.slot_shape), layer.axes) / max(rows * columns, 1)
-            scale_w, inverse = self._size(scale_w, jnp.maximum(square, least))
-            size = self.rms * inverse
+                least = jnp.finfo(least.dtype).eps * least
+            steps = each(_preconditioned, weights, *parts)
+            weights, pulled, scale_w = self._flat(layer, steps, mean, refreshed, scale_w, least)
             if centers:
-                pull = layer.to_matrices(mean * size)
-                pulled = layer.from_matrices(spectrum.over_rows(pull, matrices, excess))
-                d_b = d_b - layer.to_bias(pulled)
-            d_w = layer.from_matrices(spectrum.subtract(matrices, excess)) * size
-        return Pair(d_w, d_b), Pair(scale_w, scale_b)
+                biases = each(jnp.subtract, biases, layer.to_bias(pulled))
+        return Pair(weights, biases), Pair(scale_w, scale_b)
+
+    def _flat(
+        self,
+        layer: Layer,
+        steps: tuple[jax.Array, ...],
+        mean: jax.Array | None,
+        where: jax.Array,
+        scale: Scale,
+        least: jax.Array,
+    ) -> tuple[tuple[jax.Array, ...], Any, Scale]:
+        """Weights' steps with their leading singular values cut, at their size.
+
+        Args:
+          layer: the group's.
+          steps: of each weight, in its own axes.
+          mean: of the inputs, if it is to be multiplied with the steps.
+          where: false for layers, or blocks of them, whose values are left as they are.
+          scale: what is stored of their steps.
+          least: what their mean squares are at least taken for.
+
+        Returns:
+          The steps, their products with `mean`, and what is stored of them.
+        """
+        one = layer.one
+        vector = None if mean is None else layer.to_matrices(mean).mT
+        if scale.basis is None:
+            cut = spectrum.no_excess(one, steps, vector)
+        else:
+            where = where.reshape(-1)
+            cut, basis = spectrum.leading_excess(one, steps, scale.basis, where, vector)
+            scale = scale._replace(basis=basis)
+        square = _mean(cut.square.reshape(layer.slot_shape), layer.axes)
+        square = square / max(layer.fan_in * layer.fan_out, 1)
+        scale, inverse = self._size(scale, jnp.maximum(square, least))
+        size = self.step_rms(layer) * inverse
+        flat = each(jnp.multiply, cut.subtract(one, steps), size)
+        pulled = None if cut.pulled is None else layer.from_matrices(cut.pulled) * size
+        return flat, pulled, scale
+
+    def step_rms(self, layer: Layer | None) -> Any:
+        """The root mean square of a weight's steps at a learning rate of one."""
+        return self.rms
 
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
-        if momentum.ndim < 2:
-            return self._vector(momentum, grad, scale, ("",) * momentum.ndim)
-        scale, inverse = self._size(
-            scale, _average(_squared(momentum), tuple(range(momentum.ndim)))
-        )
-        return momentum * (self.rms * inverse), scale
+        vector = momentum.ndim < 2
+        square = _squared(grad if vector else momentum)
+        square = _average(square, tuple(range(square.ndim)))
+        scale, inverse = self._size(scale, square)
+        return momentum * (inverse if vector else self.step_rms(None) * inverse), scale
 
-    def _vector(
-        self, momentum: jax.Array, grad: jax.Array, scale: Scale, axes: Axes
-    ) -> tuple[jax.Array, Scale]:
-        """The step of a bias, or of a normalization layer's scale or shift."""
-        scale, inverse = self._size(scale, _mean(_squared(grad), axes))
-        return momentum * inverse, scale
+    def _of_vectors(self, scale: Scale, grads: jax.Array, axes: Axes) -> tuple[Scale, jax.Array]:
+        """`_size` of biases, or of normalization layers' scales or shifts."""
+        return self._size(scale, _mean(_squared(grads), axes))
 
     def _size(self, scale: Scale, square: jax.Array) -> tuple[Scale, jax.Array]:
         """The scale after a mean square, and one over the root of the average that it keeps."""
-        square = spectrum.everywhere(square).astype(scale.square.dtype)
+        square = everywhere(square).astype(scale.square.dtype)
         good = jnp.isfinite(square)
         new = jnp.where(good, self.b2 * scale.square + (1 - self.b2) * square, scale.square)
         weight = jnp.where(good, self.b2 * scale.weight + (1 - self.b2), scale.weight)
@@ -138,7 +164,15 @@ class Centered(Rule):
 
     def size(self, layer: Layer, scale: Scale | None) -> Any:
         assert scale is not None
-        return (1 if layer.kind == "norm" else self.rms) * _inverse_rms(scale)
+        return (1 if layer.kind == "norm" else self.step_rms(layer)) * _inverse_rms(scale)
+
+
+def _preconditioned(
+    momentum: jax.Array, inverse_h: jax.Array, inverse_s: jax.Array, *means: jax.Array
+) -> jax.Array:
+    """A weight's momentum, without the part along the mean input if that is given, divided."""
+    step = momentum * (inverse_h * inverse_s)
+    return step - means[0] * means[1] if means else step
 
 
 def _inverse_rms(scale: Scale) -> jax.Array:

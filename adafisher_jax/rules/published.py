@@ -77,14 +77,15 @@ def _unit(
 ) -> jax.Array:
     """What takes `h` with its bias slot, and `s`, to the unit interval: four numbers a block."""
     joint = (h, slot) if _has_slot(layer) else (h,)
-    return jnp.stack([*to_unit(joint, layer.inner, epsilon), *to_unit((s,), layer.inner, epsilon)])
+    found = *to_unit(joint, layer.inner, epsilon), *to_unit((s,), layer.inner, epsilon)
+    return jnp.stack(found, 1)
 
 
 def _minmax(
     layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, unit: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`h`, its bias slot and `s`, taken there."""
-    low_h, inverse_h, low_s, inverse_s = unit
+    low_h, inverse_h, low_s, inverse_s = jnp.unstack(unit, axis=1)
     slot = (slot - low_h) * inverse_h if _has_slot(layer) else jnp.zeros_like(slot)
     return (h - low_h) * inverse_h, slot, (s - low_s) * inverse_s
 

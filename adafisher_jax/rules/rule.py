@@ -1,29 +1,33 @@
-"""What a rule is: how one layer's statistics are averaged and divide its momentum.
+"""What a rule is: how layers' statistics are averaged and divide their momentum.
 
-A rule sees one layer at a time: its `Curvature` (averaged factors, and the bias slot of `h`
-beside them) and its weight and bias as a `Pair`. Stacked layers are treated each for itself.
+A rule sees one group of like layers at a time (`adafisher_jax.alike`): as one layer whose first
+axis is over the group, with their `Curvature` (averaged factors, and the bias slot of `h` beside
+them) stacked along it. The weights, and the biases, of a `Pair` are a tuple of arrays, one for each
+layer. Stacked layers are treated each for itself.
 Nothing here knows about optax, Flax or where the factors come from.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from adafisher_jax.alike import each
 from adafisher_jax.factors import Factor, extremes
 from adafisher_jax.layout import Layer, Leaf
 
 
 class Curvature(NamedTuple):
-    """What is stored of one layer.
+    """What is stored of like layers, stacked.
 
     Attributes:
       factor: running averages of its statistics.
       slot: the bias slot of `h`, one number for each block: the running average of a constant.
         Averages that start at zero are bias-corrected by it.
-      unit: what brings the averages into the unit interval, if the rule does that.
+      unit: what brings the averages into the unit interval, if the rule does that; its numbers
+        lie along the second axis.
     """
 
     factor: Factor
@@ -32,7 +36,7 @@ class Curvature(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of one layer's refresh, whichever of its stacked layers it was.
+    """What came of a refresh, one for each layer of a group; of any, of those a scan has stacked.
 
     Attributes:
       changed: whether averages changed.
@@ -49,18 +53,30 @@ class Pair(NamedTuple):
     weight: Any
     bias: Any
 
-    def pick(self, values: Mapping[str, Any]) -> "Pair":
-        """What a mapping holds for a pair of paths."""
-        return Pair(*(None if path is None else values.get(path) for path in self))
+    def each(self, function: Callable[..., Any]) -> "Pair":
+        """The function of each of the weights, and of the biases."""
+        return Pair(*(values and tuple(map(function, values)) for values in self))
+
+
+class Vectors(NamedTuple):
+    """The biases of a group, or what its normalization layers have, stacked: to take numbers from.
+
+    Attributes:
+      momentum: likewise as a step uses it.
+      grads: the gradients.
+    """
+
+    momentum: Pair
+    grads: Pair
 
 
 class Scale(NamedTuple):
-    """What is stored of one parameter's steps.
+    """What is stored of a parameter's steps, or of those of like ones, stacked.
 
     Attributes:
       square: their running mean square, one for each stacked layer, of the parameter's rank.
       weight: that corrects it.
-      basis: their leading directions, of a layer's weight; see `adafisher_jax.spectrum`.
+      basis: their leading directions, of layers' weights; see `adafisher_jax.spectrum`.
     """
 
     square: jax.Array
@@ -79,6 +95,13 @@ class Rule:
 
     ema: Any
     damping: Any
+
+    def __init_subclass__(cls) -> None:
+        """Makes a rule a pytree: `register_dataclass` would let JAX take one for another."""
+        super().__init_subclass__()
+        jax.tree_util.register_pytree_node(
+            cls, lambda one: ((one.ema, one.damping), None), lambda _, own: cls(*own)
+        )
 
     nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
     exponent = 1.0  # of `damped`, in what the momentum is divided by
@@ -111,13 +134,13 @@ class Rule:
         return h * s + self.damping
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
-        """What is kept of one parameter, if anything; `at`: its place in a layer."""
+        """What is kept of a parameter, if anything; `at`: its place in a layer, then stacked."""
         return None
 
     def direction(
-        self, layer: Layer, curvature: Curvature, momentum: Pair, grads: Pair, scales: Pair
+        self, layer: Layer, curvature: Curvature, momentum: Pair, vectors: Vectors, scales: Pair
     ) -> tuple[Pair, Pair]:
-        """The preconditioned momentum, and each parameter's `Scale` after this step."""
+        """The preconditioned momenta, and the `Scale`s after this step."""
         h, slot, s = self.scaled(layer, curvature, False)
         refreshed = self.refreshed(curvature)
         damping = jnp.where(refreshed, self.damping, 1)
@@ -157,7 +180,8 @@ def blend(
         return jnp.where(where, new.astype(before.dtype), before)
 
     factor, slot = jax.tree.map(average, (old.factor, old.slot), new)
-    outcome = Outcome(jnp.any(usable), jnp.any(took_part & ~finite))
+    others = tuple(range(1, usable.ndim))
+    outcome = Outcome(jnp.any(usable, others), jnp.any(took_part & ~finite, others))
     return old._replace(factor=factor, slot=slot), outcome
 
 
@@ -167,12 +191,16 @@ def _divide(
     """Algorithm 1: `m̂ / (h ⊗ s + λ)`, and the bias by its slot of `h`."""
     if layer.kind == "norm":  # `h` is the pair of the scale and the shift
         h, slot = jnp.split(h, 2, layer.axes.index("out0"))
-    weight, bias = momentum
-    if weight is not None:
-        weight = _quotient(weight, h * s + damping)
-    if bias is not None:
-        bias = _quotient(bias, layer.to_bias(slot * s + damping))
-    return Pair(weight, bias)
+    weights, biases = momentum
+    if weights is not None:
+        weights = each(_damped_quotient, weights, h, s, damping)
+    if biases is not None:
+        biases = each(_quotient, biases, layer.to_bias(slot * s + damping))
+    return Pair(weights, biases)
+
+
+def _damped_quotient(x: jax.Array, h: jax.Array, s: jax.Array, damping: jax.Array) -> jax.Array:
+    return _quotient(x, h * s + damping)
 
 
 def _quotient(x: jax.Array, by: jax.Array) -> jax.Array:

@@ -1,0 +1,125 @@
+"""Like layers together: who belongs to one group, and how a group's arrays lie in one.
+
+What has no weight's size (averages, scales, directions) is stacked along a new first axis, so that
+one operation serves a group. Weights, their momenta and their steps stay arrays of their own. A
+group goes by the path of its first layer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adafisher_jax.layout import Layer
+
+MOST = 2**23  # entries of all weights in a group: their steps are in memory at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Like layers, in the order of their paths.
+
+    Attributes:
+      layers: they differ in nothing but paths.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def name(self) -> str:
+        return self.layers[0].path
+
+    @property
+    def stacked(self) -> Layer:
+        """The group as one layer, its first axis over the layers."""
+        return self.layers[0].stacked(len(self.layers))
+
+    def dtype(self, leaves: Mapping[str, Any]) -> Any:
+        """The type of its statistics."""
+        return self.layers[0].dtype(leaves)
+
+    def paths(self, leaves: Container[str]) -> tuple[tuple[str, ...] | None, ...]:
+        """Those of the weights and of the biases, None where none is among `leaves`."""
+        pairs = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
+        found = (tuple(leaf.path for leaf in of if leaf and leaf.path in leaves) for of in pairs)
+        return tuple(of or None for of in found)
+
+
+def groups(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> list[Group]:
+    """Layers that differ in nothing but paths, together as far as `MOST` allows.
+
+    Args:
+      layers: sorted by path.
+      leaves: arrays by path; those of a layer that are missing are stepped by another.
+
+    Example:
+      >>> import adafisher_jax as af, jax.numpy as jnp
+      >>> layers = [
+      ...     af.Layer(path, "dense", af.Leaf(f"{path}/kernel", (3, n), ("in0", "out0")), None)
+      ...     for path, n in (("a", 4), ("b", 5), ("c", 4))
+      ... ]
+      >>> leaves = {layer.weight.path: jnp.zeros(layer.weight.shape) for layer in layers}
+      >>> [[layer.path for layer in group.layers] for group in groups(layers, leaves)]
+      [['a', 'c'], ['b']]
+    """
+    found: list[list[Layer]] = []
+    last: dict[Layer, tuple[Any, list[Layer]]] = {}
+    for layer in layers:
+        types = [
+            leaves[leaf.path].dtype if leaf and leaf.path in leaves else None
+            for leaf in (layer.weight, layer.bias)
+        ]
+        before, group = last.get(layer.nameless, (None, []))
+        if types != before or (len(group) + 1) * layer.leaves[0].size > MOST:
+            group = []
+            found.append(group)
+            last[layer.nameless] = types, group
+        group.append(layer)
+    return [Group(tuple(group)) for group in found]
+
+
+def places(layers: Iterable[Layer], names: Container[str]) -> Iterator[tuple[Layer, str, int]]:
+    """The layers of groups of which the names are known, each with its group's and its place in it.
+
+    Args:
+      layers: those that `groups` was given; others than in groups are left out.
+      names: of all groups.
+    """
+    last: dict[Layer, tuple[str, int]] = {}
+    for layer in layers:
+        kind = layer.nameless
+        if layer.path in names:
+            last[kind] = layer.path, 0
+        elif kind in last:
+            name, place = last[kind]
+            last[kind] = name, place + 1
+        else:
+            continue
+        yield layer, *last[kind]
+
+
+def stack(trees: Iterable[Any]) -> Any:
+    """Trees of arrays, none of a weight's size, as one: stacked along a new first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack([everywhere(leaf) for leaf in leaves]), *trees)
+
+
+def each(
+    function: Callable[..., Any], arrays: Iterable[jax.Array], *stacked: jax.Array
+) -> tuple[Any, ...]:
+    """The function of each array, and of its part of what is stacked.
+
+    Parts are taken before the function: they then belong to the one loop over its array.
+    """
+    parts = map(jnp.unstack, stacked)
+    return tuple(function(*of_one) for of_one in zip(arrays, *parts, strict=True))
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """An array that lies on explicit mesh axes (only these are in a type), whole on each device."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.reshard(x, whole)

@@ -1,0 +1,56 @@
+"""The bias of a product: a parameter added to its output, along the output's own axes."""
+
+from adafisher_jax.capture import pieces
+from adafisher_jax.capture.found import Found, Product
+from adafisher_jax.capture.origins import COMPUTED, Origin, Origins, computed_from
+
+
+def add_to_output(operands: Origins, found: Found) -> Origin | None:
+    """The origin of a sum with a product's output; notes a parameter as the product's bias."""
+    first, *outputs = [x for x in operands if x and x.is_output]
+    for x in operands:
+        if x and x.is_parameter:
+            _pair(first, x, found)
+    return first if outputs else computed_from(operands, COMPUTED)
+
+
+def _pair(output: Origin, bias: Origin, found: Found) -> None:
+    """Makes a parameter the bias of the product whose output it is added to, if it is like one."""
+    for i, product in enumerate(found):
+        if isinstance(product, Product) and product.place == output.source:
+            axes = _bias_axes(product, output, bias)
+            if axes is not None and product.bias is None:
+                found[i] = product._replace(bias=bias, bias_axes=axes)
+
+
+def _bias_axes(
+    product: Product, output: Origin, bias: Origin
+) -> tuple[tuple[int, int], ...] | None:
+    """For each axis of a bias longer than one, the weight's; None for what is no bias."""
+    weight, outputs = product.weight, product.linear.outputs
+    loops = [[s.loop for s in x.sliced] for x in (weight, bias)]
+    if output.sliced or bias.frozen != weight.frozen or loops[0] != loops[1]:
+        return None
+    if product.linear.kind == "embedding":
+        return None
+    of_output = [() if i is None else weight.axes[i] for i in outputs]
+    matched: dict[int, int] = {}
+    for axis, of_bias in zip(output.axes, bias.axes, strict=True):
+        roles = {outputs[p.axis] is None for p in axis if p.axis is not None}
+        if len(roles) > 1:
+            return None
+        of_bias = tuple(p for p in of_bias if p.size > 1)
+        if roles != {False}:  # rows
+            if any(p.axis is not None for p in of_bias):
+                return None
+            continue
+        of_weight = pieces.within(tuple(of_output), axis)
+        of_weight = of_weight and tuple(p for p in of_weight if p.size > 1)
+        if of_weight is None or len(of_weight) != len(of_bias):
+            return None
+        for mine, its in zip(of_bias, of_weight, strict=True):
+            if mine.axis is None or its.axis is None or mine[1:] != its[1:]:
+                return None
+            if matched.setdefault(mine.axis, its.axis) != its.axis:
+                return None
+    return tuple(sorted(matched.items()))

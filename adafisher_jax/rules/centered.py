@@ -23,7 +23,7 @@ class Centered(Rule):
         \hat H &= r(E[h^2] - \mu^2), \qquad \hat S = r(S), \qquad
         D = (\hat n_w - \mu \hat n_b^T)
             / \left((\hat H + \tau) \otimes (\hat S + \tau)\right)^{1/2} \\
-        d_w &= 0.2\, (D - E) / \mathrm{rms}(D - E), \qquad
+        d_w &= 0.2\, \min(1, 128/n)\, (D - E) / \mathrm{rms}(D - E), \qquad
         d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
 
     where `E` is the excess of the leading singular values (`adafisher_jax.spectrum`) and `rms` a
@@ -38,6 +38,7 @@ class Centered(Rule):
     exponent = 0.5
     b2 = 0.99
     rms = 0.2
+    widest = 128  # the shorter side of a weight, from which on its steps are the smaller the longer
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         shape = [1] * leaf.ndim
@@ -103,13 +104,17 @@ class Centered(Rule):
                 scale_w = scale_w._replace(basis=basis)
             square = _mean(left.reshape(layer.slot_shape), layer.axes) / (rows * columns)
             scale_w, inverse = self._size(scale_w, jnp.maximum(square, least))
-            size = self.rms * inverse
+            size = self.rms * self.share(layer) * inverse
             if centers:
                 pull = layer.to_matrices(mean * size)
                 pulled = layer.from_matrices(spectrum.over_rows(pull, matrices, excess))
                 d_b = d_b - layer.to_bias(pulled)
             d_w = layer.from_matrices(spectrum.subtract(matrices, excess)) * size
         return Pair(d_w, d_b), Pair(scale_w, scale_b)
+
+    def share(self, layer: Layer) -> float:
+        """How large the steps of its weight are, of those of a small one."""
+        return min(1.0, self.widest / min(layer.fan_in, layer.fan_out))
 
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
         if momentum.ndim < 2:
@@ -135,7 +140,9 @@ class Centered(Rule):
 
     def size(self, layer: Layer, scale: Scale | None) -> Any:
         assert scale is not None
-        return (1 if layer.kind == "norm" else self.rms) * _inverse_rms(scale)
+        if layer.kind == "norm":
+            return _inverse_rms(scale)
+        return self.rms * self.share(layer) * _inverse_rms(scale)
 
 
 def _inverse_rms(scale: Scale) -> jax.Array:

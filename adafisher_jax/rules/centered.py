@@ -29,6 +29,13 @@ class Centered(Rule):
     where `E` is the excess of the leading singular values (`adafisher_jax.spectrum`) and `rms` a
     running root mean square, one number for each parameter (and stacked layer). The loss's scale
     drops out, and a weight's steps are at a learning rate of one about as large as Adam's.
+
+    `n` is the shorter side of `D` as a matrix of inputs by outputs (a patch is inputs, the features
+    of all heads are outputs, stacked layers are apart). A few directions hold most of a step, so
+    that one of a fixed root mean square changes outputs the more the larger both sides are. The
+    division by `n` takes that back, and one learning rate serves small and large networks. Below
+    128 nothing grows: a bottleneck is no narrow network.
+
     Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
     and before a layer's first refresh, matrices are divided by their own steps' `rms`, and
     vectors by the gradient's.
@@ -38,7 +45,7 @@ class Centered(Rule):
     exponent = 0.5
     b2 = 0.99
     rms = 0.2
-    widest = 128  # the shorter side of a weight, from which on its steps are the smaller the longer
+    widest = 128  # the longest shorter side with steps as large as that
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         shape = [1] * leaf.ndim

@@ -5,9 +5,8 @@
 `warm_up`: its share of the steps, 0.05 otherwise; `decay`: of weights, 0 otherwise. `clipped`:
 factors below the damping are raised to it, in place of its addition to all. `whole`: all singular
 values are made equal. `grafted`: each parameter's step is as long as NAdam's. `signed`: of each
-entry of a step its sign is left. `share=…`: how large a step is, by the inputs and outputs of its
-weight: `equal` always, or smaller by the `root` of the shorter side, by its `inputs` or its `longer`
-side in place of the shorter, from 128 on.
+entry of a step its sign is left. `share=…`: from a side of 128 on, steps are smaller by the number
+of `inputs` of their weight, or by the `root` of its shorter side, or `equal`.
 """
 
 import dataclasses
@@ -135,7 +134,6 @@ SHARES = {
     "equal": lambda layer: 1.0,
     "root": lambda layer: min(1.0, (128 / min(layer.fan_in, layer.fan_out)) ** 0.5),
     "inputs": lambda layer: min(1.0, 128 / layer.fan_in),
-    "longer": lambda layer: min(1.0, 128 / max(layer.fan_in, layer.fan_out)),
 }
 
 

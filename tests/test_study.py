@@ -315,7 +315,7 @@ def test_a_control_steps_without_nesterov_or_an_average_of_sizes():
 
 
 @pytest.mark.parametrize(
-    ("share", "ratio"), {"equal": 160 / 128, "root": (160 / 128) ** 0.5, "inputs": 0.8}.items()
+    ("share", "ratio"), {"equal": 1.25, "root": 1.25**0.5, "inputs": 0.8, "embeddings": 1}.items()
 )
 def test_a_control_has_steps_of_another_share(share, ratio):
     x = jax.random.normal(jax.random.key(1), (40, 200))

@@ -34,7 +34,8 @@ class Centered(Rule):
     of all heads are outputs, stacked layers are apart). A few directions hold most of a step, so
     that one of a fixed root mean square changes outputs the more the larger both sides are. The
     division by `n` takes that back, and one learning rate serves small and large networks. Below
-    128 nothing grows: a bottleneck is no narrow network.
+    128 nothing grows: a bottleneck is no narrow network. Embeddings are left alone, since a row
+    that is looked up changes by its own step, whatever the sides.
 
     Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
     and before a layer's first refresh, matrices are divided by their own steps' `rms`, and
@@ -121,6 +122,8 @@ class Centered(Rule):
 
     def share(self, layer: Layer) -> float:
         """How large the steps of its weight are, of those of a small one."""
+        if layer.kind == "embedding":  # a lookup changes by its own row's step, whatever the width
+            return 1.0
         return min(1.0, self.widest / min(layer.fan_in, layer.fan_out))
 
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:

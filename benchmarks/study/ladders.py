@@ -26,7 +26,7 @@ def of_characters(layers, width):
 
 
 def of_words(vocabulary):
-    model = Transformer(vocabulary, 2, 128)
+    model = Transformer(vocabulary, 2, 256)
     return brief(model, problems.words(WORDS, vocabulary), batch=24, steps=160)
 
 
@@ -45,6 +45,6 @@ LADDERS = {
     "depth": {n: of_characters(n, 128) for n in (2, 4, 8)},
     "mlp": {n: mlp(n) for n in (64, 128, 256, 512, 1024, 2048)},
     "channels": {n: conv_net(n) for n in (16, 32, 64, 128)},
-    "vocabulary": {n: of_words(n) for n in (500, 2000, 8000)},
+    "vocabulary": {n: of_words(n) for n in (500, 2000)},
 }
 RUNGS = {f"{what} {n}": problem for what, sizes in LADDERS.items() for n, problem in sizes.items()}

@@ -6,7 +6,8 @@
 factors below the damping are raised to it, in place of its addition to all. `whole`: all singular
 values are made equal. `grafted`: each parameter's step is as long as NAdam's. `signed`: of each
 entry of a step its sign is left. `share=…`: from a side of 128 on, steps are smaller by the number
-of `inputs` of their weight, or by the `root` of its shorter side, or `equal`.
+of `inputs` of their weight, or by the `root` of its shorter side, or `equal`, or those of
+`embeddings` are smaller too.
 """
 
 import dataclasses
@@ -134,11 +135,17 @@ SHARES = {
     "equal": lambda layer: 1.0,
     "root": lambda layer: min(1.0, (128 / min(layer.fan_in, layer.fan_out)) ** 0.5),
     "inputs": lambda layer: min(1.0, 128 / layer.fan_in),
+    "embeddings": lambda layer: min(1.0, 128 / min(layer.fan_in, layer.fan_out)),
 }
 
 
 def shared(task, rate, weight_decay, share):
-    return changed(task, rate, weight_decay, share=staticmethod(SHARES[share]))
+    spared = "embedding" if share != "embeddings" else None
+
+    def how(layer):
+        return 1.0 if layer.kind == spared else SHARES[share](layer)
+
+    return changed(task, rate, weight_decay, share=staticmethod(how))
 
 
 SETTINGS = {

@@ -67,8 +67,9 @@ def _tell(out, results):
 def rows(results):
     """A row for each rung and optimizer, from every run.
 
-    `losses` holds `[rate, training loss]`, means over seeds, None where one diverged; `lost` is by
-    how much, relative to the best of them, the loss at the recommended rate is higher.
+    `losses` holds `[rate, training loss]`, means over seeds, None where one diverged. None of a
+    single rate is best. `lost` is by how much, relative to the best, the loss at the recommended
+    rate is higher.
     """
     runs = {}
     for one in sorted(results.records, key=lambda one: (_place(one), one.rate, one.seed)):
@@ -93,10 +94,10 @@ def _row(rung, optimizer, by_rate, results):
         "optimizer": optimizer,
         "steps": by_rate[best][0].steps,
         "seeds": len(by_rate[best]),
-        "best_rate": best,
+        "best_rate": best if len(losses) > 1 else None,
         "best_loss": losses[best],
         "at_recommended": at,
-        "lost": None if at is None else at / losses[best] - 1,
+        "lost": at / losses[best] - 1 if at is not None and len(losses) > 1 else None,
         "held_out_loss": _mean("held_out_loss", by_rate[best], results),
     }
     numbers = {key: _finite(value) for key, value in row.items()}
@@ -117,13 +118,16 @@ def plot(figure, found):
     ladders, optimizers = (list(dict.fromkeys(row[key] for row in found)) for key in KEYS)
     figure.set_size_inches(2.8 * len(ladders) + 0.6, 5.2)
     rates, losses = figure.subplots(2, len(ladders), squeeze=False)
-    for axes in (*rates, *losses):
-        axes.set(xscale="log", yscale="log")
-        axes.tick_params(which="both", labelsize=7)
     rates[0].set_ylabel("best learning rate")
     losses[0].set_ylabel("training loss")
     for what, above, below in zip(ladders, rates, losses, strict=True):
-        above.set_title(what)
+        above.set(title=what, yscale="log")
+        above.sharey(rates[0])
+        sizes = sorted({row["size"] for row in found if row["ladder"] == what})
+        for axes in (above, below):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, sizes)
+            axes.tick_params(which="both", labelsize=7)
         for name, colour in zip(optimizers, COLOURS, strict=False):
             mine = [row for row in found if (row["ladder"], row["optimizer"]) == (what, name)]
             line = functools.partial(_line, mine, color=colour, ms=3, lw=1.2)

@@ -17,7 +17,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import ladder, report
 from benchmarks.study import command as study_command
 
 SUITES = {
@@ -62,9 +62,12 @@ def main():
     text = "optimizers on real tasks, each at its own best learning rate"
     study = commands.add_parser("study", help=text, description=text)
     study_command.add_arguments(study)
+    text = "the best learning rate of a model in several sizes"
+    ladder.add_arguments(commands.add_parser("ladder", help=text, description=text))
     arguments = parser.parse_args()
-    if arguments.suite == "study":
-        study_command.main(arguments)
+    apart = {"study": study_command.main, "ladder": ladder.main}
+    if arguments.suite in apart:
+        apart[arguments.suite](arguments)
         return
     quick = arguments.quick
     options = Options(arguments.rounds or (3 if quick else 20), quick)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 import adafisher_jax as af
 from adafisher_jax import spectrum
 from adafisher_jax.factors import to_unit
-from adafisher_jax.rules import make_rule
+from adafisher_jax.rules import Scale, make_rule
 from tests.hand_made import LAYERS, layout_of, make_layer, quick_jit, random_factors, random_tree
 
 RULES = ("paper", "official", "centered")
@@ -136,7 +136,9 @@ class Reading:
         if self.refreshes and self.layer.kind != "norm":
             d_w = np.stack([self.flattened(block, d) for block, d in enumerate(d_w)])
         norm = self.layer.kind == "norm"
-        d_w = self.over_rms("w", d_w, g_w) if norm else 0.2 * self.over_rms("w", d_w, d_w)
+        small = min(n, outs) < 128 or self.layer.kind == "embedding"
+        size = 0.2 if small else 0.2 * 128 / min(n, outs)
+        d_w = self.over_rms("w", d_w, g_w) if norm else size * self.over_rms("w", d_w, d_w)
         if not self.layer.bias:
             return d_w, m_b
         d_b = self.over_rms("b", m_b / root_s, g_b)
@@ -170,18 +172,39 @@ class Reading:
         return d / np.repeat(root, len(d) // stacks).reshape(-1, *[1] * (d.ndim - 1))
 
 
+# Most have shorter sides above 128.
+WIDE = {
+    layer.path: layer
+    for layer in [
+        make_layer("dense", "dense", (256, 150), "in0 out0", "out0"),
+        make_layer("heads", "dense", (200, 4, 40), "in0 out0 out1", "out0 out1"),
+        make_layer("of_heads", "dense", (4, 40, 170), "in0 in1 out0", "out0"),
+        make_layer("square", "dense", (128, 128), "in0 out0"),
+        make_layer("stacks", "dense", (2, 132, 140), "stack0 in0 out0", "stack0 out0"),
+        make_layer("batch", "dense", (140, 2, 132), "in0 batch0 out0", "batch0 out0"),
+        make_layer("conv", "conv", (3, 3, 16, 150), "in0 in1 in2 out0", "out0"),
+        make_layer("embedding", "embedding", (300, 144), "in0 out0"),
+        make_layer("attend", "attend", (150, 144), "in0 out0"),
+        make_layer("few_inputs", "dense", (127, 300), "in0 out0", "out0"),
+        make_layer("few_outputs", "dense", (300, 127), "in0 out0", "out0"),
+        make_layer("norm", "norm", (300,), "out0", "out0"),
+    ]
+}
+
+
 @functools.cache
-def trajectory(rule):
+def trajectory(rule, wide=False):
     """Gradients, factors and updates of a few steps of all layers at once."""
     rng = np.random.default_rng(sum(map(ord, rule)))
+    layers = (WIDE if wide else LAYERS).values()
     with jax.enable_x64(True):
-        tx = af.scale_by_adafisher(layout_of(*LAYERS.values()), rule=rule)
-        state = quick_jit(tx.init)(random_tree(rng, *LAYERS.values()))
+        tx = af.scale_by_adafisher(layout_of(*layers), rule=rule)
+        state = quick_jit(tx.init)(random_tree(rng, *layers))
         update = quick_jit(tx.update)
         steps = []
         for refreshed in REFRESHED:
-            grads = random_tree(rng, *LAYERS.values())
-            factors = random_factors(rng, *LAYERS.values()) if refreshed else None
+            grads = random_tree(rng, *layers)
+            factors = random_factors(rng, *layers) if refreshed else None
             updates, state = update(grads, state, factors=factors)
             steps.append((grads, factors, updates))
     return steps
@@ -190,8 +213,16 @@ def trajectory(rule):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_is_its_formula(rule, name):
-    layer = LAYERS[name]
-    reading = Reading(rule, layer)
+    check_formula(LAYERS[name], rule, trajectory(rule))
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_centered_is_its_formula_on_wide_layers(name):
+    check_formula(WIDE[name], "centered", trajectory("centered", wide=True))
+
+
+def check_formula(layer, rule, steps):
+    name, reading = layer.path, Reading(rule, layer)
 
     def pair(tree):
         weight = blocks(tree[name]["weight"], layer.axes)
@@ -199,12 +230,21 @@ def test_a_rule_is_its_formula(rule, name):
             return weight, np.zeros((len(weight), weight.shape[2]))
         return weight, blocks(tree[name]["bias"], layer.bias.axes)[:, 0]
 
-    for grads, factors, updates in trajectory(rule):
+    for grads, factors, updates in steps:
         expected = reading.step(*pair(grads), factors and factors[name])
         got = pair(updates)
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-10, atol=1e-12)
         if layer.bias:
             np.testing.assert_allclose(got[1], expected[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), {"heads": 0.16, "few_inputs": 0.2, "embedding": 0.2, "norm": 1}.items()
+)
+def test_the_size_that_centered_tells_is_that_of_its_steps(name, size):
+    scale = Scale(jnp.array([[2.0]]), jnp.array([[0.5]]))  # a root mean square of 2
+    got = make_rule("centered").size(WIDE[name], scale)
+    np.testing.assert_allclose(got, [[size / 2]], rtol=1e-6)
 
 
 LAYER = make_layer("layer", "dense", (2, 2), "in0 out0", "out0")

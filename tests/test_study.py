@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
-from benchmarks.study import command, controls, plan, tables, trial
+from benchmarks.study import command, controls, plan, tables, trial, variants
 from benchmarks.study.problems import PROBLEMS
 from benchmarks.study.results import Results
 from examples.training import optimizers
@@ -314,8 +314,21 @@ def test_a_control_steps_without_nesterov_or_an_average_of_sizes():
     assert not np.allclose(third["centered-nesterov=False"], third["adafisher:centered"], rtol=0.01)
 
 
-# An MLP has neither of two kinds of layer, and six steps have no warm-up anyway.
-ELSEWHERE = "centered-without=embedding", "centered-without=norm", "centered-warm_up=0.0"
+@pytest.mark.parametrize(
+    ("share", "ratio"), {"equal": 1.25, "root": 1.25**0.5, "inputs": 0.8, "embeddings": 1}.items()
+)
+def test_a_control_has_steps_of_another_share(share, ratio):
+    x = jax.random.normal(jax.random.key(1), (40, 200))
+    step, _ = first_step(f"centered-share={share}", nn.Dense(160), x)
+    whole, _ = first_step("adafisher:centered", nn.Dense(160), x)
+    np.testing.assert_allclose(step["kernel"], ratio * whole["kernel"], rtol=1e-4, atol=1e-6)
+
+
+# An MLP has neither of two kinds of layer nor a wide one, and six steps have no warm-up anyway.
+ELSEWHERE = [
+    *("centered-without=embedding", "centered-without=norm", "centered-warm_up=0.0"),
+    *(f"centered-share={share}" for share in variants.SHARES),
+]
 
 
 @pytest.mark.slow

@@ -25,12 +25,20 @@ class Centered(Rule):
         \hat H &= r(E[h^2] - \mu^2), \qquad \hat S = r(S), \qquad
         D = (\hat n_w - \mu \hat n_b^T)
             / \left((\hat H + \tau) \otimes (\hat S + \tau)\right)^{1/2} \\
-        d_w &= 0.2\, (D - E) / \mathrm{rms}(D - E), \qquad
+        d_w &= 0.2\, \min(1, 128/n)\, (D - E) / \mathrm{rms}(D - E), \qquad
         d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
 
     where `E` is the excess of the leading singular values (`adafisher_jax.spectrum`) and `rms` a
     running root mean square, one number for each parameter (and stacked layer). The loss's scale
     drops out, and a weight's steps are at a learning rate of one about as large as Adam's.
+
+    `n` is the shorter side of `D` as a matrix of inputs by outputs (a patch is inputs, the features
+    of all heads are outputs, stacked layers are apart). A few directions hold most of a step, so
+    that one of a fixed root mean square changes outputs the more the larger both sides are. The
+    division by `n` takes that back, and one learning rate serves small and large networks. Below
+    128 nothing grows: a bottleneck is no narrow network. Embeddings are left alone, since a row
+    that is looked up changes by its own step, whatever the sides.
+
     Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
     and before a layer's first refresh, matrices are divided by their own steps' `rms`, and
     vectors by the gradient's.
@@ -40,6 +48,7 @@ class Centered(Rule):
     exponent = 0.5
     b2 = 0.99
     rms = 0.2
+    widest = 128  # the longest shorter side with steps as large as that
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         shape = [1] * leaf.ndim
@@ -140,7 +149,13 @@ class Centered(Rule):
 
     def step_rms(self, layer: Layer | None) -> Any:
         """The root mean square of a weight's steps at a learning rate of one."""
-        return self.rms
+        return self.rms if layer is None else self.rms * self.share(layer)
+
+    def share(self, layer: Layer) -> float:
+        """How large the steps of its weight are, of those of a small one."""
+        if layer.kind == "embedding":  # a lookup changes by its own row's step, whatever the width
+            return 1.0
+        return min(1.0, self.widest / max(min(layer.fan_in, layer.fan_out), 1))
 
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
         vector = momentum.ndim < 2

@@ -59,6 +59,19 @@ class VisionTransformer(nn.Module):
         return models.ViT(layers=3, width=96, heads=4, patch=4, outputs=10)(x)
 
 
+class Transformer(nn.Module):
+    """Of heads of 32 features, with Flax's own initializers."""
+
+    vocabulary: int
+    layers: int
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens, train):
+        heads = self.width // 32
+        return models.Transformer(self.layers, self.width, self.vocabulary, heads)(tokens)
+
+
 class LSTM(nn.Module):
     vocabulary: int
     embedded: int = 64

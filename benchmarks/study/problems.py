@@ -19,7 +19,7 @@ from examples.language_model.model import GPT
 from examples.training import losses
 from examples.training.task import Task
 
-MEASURED = 2000  # examples of each split at most, to measure the end of a run
+MEASURED = 2000  # examples
 
 
 class Examples(NamedTuple):
@@ -42,6 +42,7 @@ class Problem:
     Attributes:
       read: of the folder of data sets: the data.
       loss: of outputs and targets, the mean over a batch.
+      measured: how many examples of each split, at most, tell the end of a run.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Problem:
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     batch: int
     steps: int
+    measured: int = MEASURED
 
     def task(self, name: str, data: Data, batch: int, seed: int) -> Task:
         def apply(params, model_state, inputs, train):
@@ -79,7 +81,7 @@ class Problem:
             loss=loss,
             evaluate=evaluate,
             train_batches=functools.partial(_batches, data.train, batch, seed),
-            eval_batches=functools.partial(in_order, data.held_out),
+            eval_batches=functools.partial(in_order, data.held_out, self.measured),
             steps_per_epoch=len(data.train.inputs) // batch,
         )
 
@@ -96,10 +98,10 @@ def _batches(examples, batch, seed, start):
         first = 0
 
 
-def in_order(examples, batch=250):
-    """The first `MEASURED` examples, in batches."""
-    for start in range(0, min(len(examples.inputs), MEASURED), batch):
-        stop = min(start + batch, MEASURED)
+def in_order(examples, most, batch=250):
+    """The first so many examples at most, in batches."""
+    for start in range(0, min(len(examples.inputs), most), batch):
+        stop = min(start + batch, most)
         yield Examples(*(values[start:stop] for values in examples))
 
 

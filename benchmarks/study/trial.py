@@ -1,5 +1,6 @@
 """One run: a problem, an optimizer with its settings, and how it came out."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -14,10 +15,12 @@ import optax
 from adafisher_jax import diagnostics
 from benchmarks.measure import nbytes
 from benchmarks.study import controls
+from benchmarks.study.ladders import RUNGS
 from benchmarks.study.problems import PROBLEMS, in_order
 from examples.training import divergence
 
 POINTS = 25  # of a curve
+KNOWN = collections.ChainMap(PROBLEMS, RUNGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Trial:
 def begin(trial: Trial, folder: pathlib.Path) -> tuple[Any, ...]:
     """The trial's task, its state, its step (of the rate, that state, batch, key) and batches."""
     data = _data(trial.problem, folder)
-    task = PROBLEMS[trial.problem].task(trial.problem, data, trial.batch, trial.seed)
+    task = KNOWN[trial.problem].task(trial.problem, data, trial.batch, trial.seed)
     first, key = jax.random.split(jax.random.key(trial.seed))
-    params, model_state = jax.jit(task.init)(first)
+    params, model_state = _model(trial.problem, folder)[0](first)
     start, step = _programs(
         trial.problem, trial.optimizer, trial.steps, trial.batch, trial.options, folder
     )
@@ -63,13 +66,20 @@ def begin(trial: Trial, folder: pathlib.Path) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _data(problem, folder):
-    return PROBLEMS[problem].read(folder)
+    return KNOWN[problem].read(folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _model(problem, folder):
+    """What does not depend on the optimizer: the parameters' start, and an evaluation."""
+    task = KNOWN[problem].task(problem, _data(problem, folder), KNOWN[problem].batch, seed=0)
+    return jax.jit(task.init), jax.jit(task.evaluate)
 
 
 @functools.lru_cache(maxsize=32)
 def _programs(problem, optimizer, steps, batch, options, folder):
     """An optimizer's start and step, compiled once for all learning rates and seeds."""
-    task = PROBLEMS[problem].task(problem, _data(problem, folder), batch, seed=0)
+    task = KNOWN[problem].task(problem, _data(problem, folder), batch, seed=0)
 
     def at(rate):
         return controls.make(optimizer, Schedule(rate, steps), task, **dict(options))
@@ -110,8 +120,10 @@ def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
     if shares:
         found["above_damping"] = shares
     if not watch.verdict:
-        evaluate, (params, model_state, _) = jax.jit(task.evaluate), state
-        train = in_order(_data(trial.problem, folder).train)
+        params, model_state, _ = state
+        _, evaluate = _model(trial.problem, folder)
+        data, most = _data(trial.problem, folder), KNOWN[trial.problem].measured
+        train = in_order(data.train, most)
         for split, batches in {"train": train, "held_out": task.eval_batches()}.items():
             sums = [evaluate(params, model_state, batch) for batch in batches]
             total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
@@ -126,7 +138,7 @@ def run(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
 def _above_damping(trial, task):
     """Of an optimizer's state, the share of entries whose Fisher term exceeds the damping."""
     method, _, rule = trial.optimizer.partition(":")
-    if method != "adafisher":
+    if method != "adafisher" or trial.problem in RUNGS:
         return None
     damping, layers = dict(trial.options).get("damping"), task.layout.layers
     sizes = np.array([layer.leaves[0].size for layer in layers])

@@ -5,7 +5,9 @@
 `warm_up`: its share of the steps, 0.05 otherwise; `decay`: of weights, 0 otherwise. `clipped`:
 factors below the damping are raised to it, in place of its addition to all. `whole`: all singular
 values are made equal. `grafted`: each parameter's step is as long as NAdam's. `signed`: of each
-entry of a step its sign is left.
+entry of a step its sign is left. `share=…`: from a side of 128 on, steps are smaller by the number
+of `inputs` of their weight, or by the `root` of its shorter side, or `equal`, or those of
+`embeddings` are smaller too.
 """
 
 import dataclasses
@@ -131,6 +133,23 @@ def signed(task, rate, weight_decay):
     return of_transformation(tx, of_factors(task))
 
 
+SHARES = {
+    "equal": lambda layer: 1.0,
+    "root": lambda layer: min(1.0, (128 / min(layer.fan_in, layer.fan_out)) ** 0.5),
+    "inputs": lambda layer: min(1.0, 128 / layer.fan_in),
+    "embeddings": lambda layer: min(1.0, 128 / min(layer.fan_in, layer.fan_out)),
+}
+
+
+def shared(task, rate, weight_decay, share):
+    spared = "embedding" if share != "embeddings" else None
+
+    def how(layer):
+        return 1.0 if layer.kind == spared else SHARES[share](layer)
+
+    return changed(task, rate, weight_decay, share=staticmethod(how))
+
+
 SETTINGS = {
     "damping": (set_to, (0.001, 0.1)),
     "curvature_ema": (set_to, (0.8, 0.99)),
@@ -143,6 +162,7 @@ SETTINGS = {
     "without": (outside, ("embedding", "norm", "head")),
     "warm_up": (scheduled, (0.0, 0.2)),
     "decay": (decayed, (0.01, 0.1)),
+    "share": (shared, tuple(SHARES)),
 }
 NAMES = {
     **{

@@ -1,0 +1,50 @@
+"""Ladders: one model in several sizes, all else equal, and runs short enough for the largest."""
+
+import functools
+
+from benchmarks.study import problems
+from benchmarks.study.models import MLP, ConvNet, Transformer
+from benchmarks.study.problems import CHARACTERS, Data, Examples, Problem
+
+LENGTH, WORDS = 64, 32  # tokens
+brief = functools.partial(Problem, loss=problems.classify, measured=500)
+
+
+def small_images(folder):
+    """Images of CIFAR-10, averaged over squares of 2 × 2, as vectors of 768 numbers."""
+
+    def averaged(split):
+        squares = split.inputs.reshape(-1, 16, 2, 16, 2, 3)
+        return Examples(squares.mean((2, 4)).reshape(-1, 768), split.targets)
+
+    return Data(*map(averaged, problems.cifar(folder)))
+
+
+def of_characters(layers, width):
+    model = Transformer(CHARACTERS, layers, width)
+    return brief(model, problems.characters(LENGTH), batch=16, steps=160)
+
+
+def of_words(vocabulary):
+    model = Transformer(vocabulary, 2, 256)
+    return brief(model, problems.words(WORDS, vocabulary), batch=24, steps=160)
+
+
+def mlp(width):
+    return brief(MLP((width, width), 10), small_images, batch=128, steps=200)
+
+
+def conv_net(channels):
+    features = (channels, 2 * channels, 4 * channels)
+    return brief(ConvNet(False, features), problems.cifar, batch=64, steps=120)
+
+
+# What grows: of which size, the problem.
+LADDERS = {
+    "width": {n: of_characters(2, n) for n in (32, 64, 128, 256, 512)},
+    "depth": {n: of_characters(n, 128) for n in (2, 4, 8)},
+    "mlp": {n: mlp(n) for n in (64, 128, 256, 512, 1024, 2048)},
+    "channels": {n: conv_net(n) for n in (16, 32, 64, 128)},
+    "vocabulary": {n: of_words(n) for n in (500, 2000)},
+}
+RUNGS = {f"{what} {n}": problem for what, sizes in LADDERS.items() for n, problem in sizes.items()}

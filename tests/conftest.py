@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def no_rank_promotion():
+    """For tests alone: examples in docs and docstrings are written as users write."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture

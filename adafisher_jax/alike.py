@@ -80,19 +80,26 @@ def groups(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> list[Group]:
     return [Group(tuple(group)) for group in found]
 
 
-def places(layers: Iterable[Layer], names: Iterable[str]) -> Iterator[tuple[Layer, str, int]]:
-    """Of each layer its group's name and its place there, given all names.
+def places(
+    layers: Iterable[Layer], names: Container[str]
+) -> Iterator[tuple[Layer, str, int]]:
+    """The layers of groups of which the names are known, each with its group's and its place in it.
 
     Args:
-      layers: those that `groups` was given.
-      names: of the groups.
+      layers: those that `groups` was given; others than in groups are left out.
+      names: of all groups.
     """
-    names, last = set(names), dict[Layer, tuple[str, int]]()
+    last: dict[Layer, tuple[str, int]] = {}
     for layer in layers:
-        name, place = last.get(layer.nameless, ("", -1))
-        name, place = (layer.path, 0) if layer.path in names else (name, place + 1)
-        last[layer.nameless] = name, place
-        yield layer, name, place
+        kind = layer.nameless
+        if layer.path in names:
+            last[kind] = layer.path, 0
+        elif kind in last:
+            name, place = last[kind]
+            last[kind] = name, place + 1
+        else:
+            continue
+        yield layer, *last[kind]
 
 
 def stack(trees: Iterable[Any]) -> Any:
@@ -118,12 +125,3 @@ def everywhere(x: jax.Array) -> jax.Array:
         return x
     whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return jax.sharding.reshard(x, whole)
-
-
-def beside(x: jax.Array, other: jax.Array, axis: int) -> jax.Array:
-    """Vectors (matrices, vectors, n) that lie, on explicit mesh axes, as an axis of matrices."""
-    sharding = jax.typeof(other).sharding
-    if not any(sharding.spec):
-        return x
-    spec = jax.sharding.PartitionSpec(sharding.spec[0], None, sharding.spec[axis])
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))

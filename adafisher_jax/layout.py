@@ -152,6 +152,10 @@ class Layer:
         return math.prod(self.shape[i] for i in self.ins)
 
     @property
+    def fan_out(self) -> int:
+        return math.prod(self.shape[i] for i in self.outs)
+
+    @property
     def rows_shape(self) -> tuple[int, ...]:
         """The shape of `rows`: one number for each stacked layer."""
         return tuple(n for n, axis in self._sized if axis.startswith("stack"))

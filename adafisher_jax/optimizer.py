@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adafisher_jax import in_turn
@@ -50,9 +51,9 @@ class ScaleByAdaFisherState(NamedTuple):
         directions; of those of like layers, under the path of the first.
       units: what takes averages to the unit interval, where the rule does that, so that a step
         between refreshes reduces nothing.
-      skipped: for each layer, how many refreshes were skipped because statistics were not finite:
-        first the layers of the first entry of `factors`, and so on. None without layers. Of layers
-        that a scan has stacked, refreshes in which any one was.
+      skipped: for each layer, in the order of their paths, how many refreshes were skipped because
+        statistics were not finite. None without layers. Of layers that a scan has stacked, those in
+        which any one was.
       ages: in the same order, how many steps ago a layer's averages last changed, or any of those
         that a scan has stacked.
     """
@@ -185,14 +186,14 @@ def scale_by_adafisher(
                     stacked = jax.ShapeDtypeStruct(at.shape, alike[0].dtype)
                     scales[paths[0]] = chosen.start_scale(stacked, layer, at)
         scales |= {path: chosen.start_scale(leaf, None, None) for path, leaf in rest.items()}
-        none = jnp.zeros(sum(len(group.layers) for group in own), jnp.int32) if own else None
+        layers_count = sum(len(group.layers) for group in own)
         return ScaleByAdaFisherState(
             count=count,
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             **_stored({one.name: chosen.start(one.stacked, one.dtype(leaves)) for one in own}),
             scales={path: scale for path, scale in scales.items() if scale is not None},
-            skipped=none,
-            ages=none,
+            skipped=jnp.zeros(layers_count, jnp.int32) if own else None,
+            ages=jnp.zeros(layers_count, jnp.int32) if own else None,
         )
 
     def update_fn(
@@ -256,9 +257,10 @@ def scale_by_adafisher(
 
         skipped, ages = state.skipped, state.ages
         if own:
-            all_outcomes = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outcomes)
-            skipped = skipped + all_outcomes.skipped
-            ages = jnp.where(all_outcomes.changed, 0, ages + 1)
+            order = np.argsort([layer.path for group in own for layer in group.layers])
+            of_layers = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *outcomes)
+            skipped = skipped + of_layers.skipped
+            ages = jnp.where(of_layers.changed, 0, ages + 1)
         new_state = ScaleByAdaFisherState(
             count=count,
             mu=treedef.unflatten([mu[path] for path in grads]),

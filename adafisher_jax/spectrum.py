@@ -5,6 +5,7 @@ of the step to the others. They change slowly, so that products with a few vecto
 are enough to follow them, stored in half precision.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,18 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.alike import beside, everywhere
+from adafisher_jax.alike import everywhere, stack
+from adafisher_jax.layout import Layer
 
 DIRECTIONS = 16
 STORED = jnp.bfloat16  # a point of departure is all that they are
 LEAST = 1e-4  # of the mean square of all singular values, to which leading ones are cut at most
 INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
 
-Matrices = Sequence[jax.Array]
+Steps = Sequence[jax.Array]
 
 
 class Cut(NamedTuple):
-    r"""The excess :math:`E_i = L_i^T R_i` of the matrices `D_i` of a few steps.
+    r"""The excess :math:`E_i = L_i^T R_i` of the matrices `D_i` of like layers' steps.
 
     Attributes:
       left: rows of `L`, (matrices, k, rows).
@@ -37,26 +39,22 @@ class Cut(NamedTuple):
     square: jax.Array
     pulled: jax.Array | None
 
-    def subtract(self, steps: Matrices) -> list[jax.Array]:
-        """Each :math:`D_i - E_i`."""
+    def subtract(self, layer: Layer, steps: Steps) -> list[jax.Array]:
+        """Each :math:`D_i - E_i`, in the weights' axes."""
+        left = _in_axes(layer, self.left, layer.ins, len(steps))
+        right = _in_axes(layer, self.right, layer.outs, len(steps))
         found = []
-        for step, *vectors in zip(steps, *(_split(x, steps) for x in self[:2]), strict=True):
-            pair = (beside(x, step, axis) for x, axis in zip(vectors, (1, 2), strict=True))
-            found.append(step - jax.lax.platform_dependent(*pair, cpu=_outer, default=_fused_outer))
+        for step, rows, columns in zip(steps, left, right, strict=True):
+            found.append(
+                step
+                - jax.lax.platform_dependent(
+                    _beside(layer, rows, layer.ins, step),
+                    _beside(layer, columns, layer.outs, step),
+                    cpu=functools.partial(_product, _equation(layer, "bzi,bzo->w")),
+                    default=functools.partial(_outer, layer),
+                )
+            )
         return found
-
-
-def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
-    return _product("bki,bkj->bij", left, right)
-
-
-def _fused_outer(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The same, never in memory where a loop over its entries takes it up; on a CPU that is slow."""
-    return jnp.sum(left[..., None] * right[:, :, None], 1)
-
-
-def _split(vectors: jax.Array, steps: Matrices) -> list[jax.Array]:
-    return jnp.split(vectors, len(steps))
 
 
 def start(matrices: tuple[int, int, int]) -> jax.Array | None:
@@ -82,7 +80,11 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
 
 
 def leading_excess(
-    steps: Matrices, basis: jax.Array, where: jax.Array, vector: jax.Array | None = None
+    layer: Layer,
+    steps: Steps,
+    basis: jax.Array,
+    where: jax.Array,
+    vector: jax.Array | None = None,
 ) -> tuple[Cut, jax.Array]:
     r"""By how much the leading singular values of each matrix `D` exceed the others.
 
@@ -103,27 +105,34 @@ def leading_excess(
     where `D` has nothing.
 
     Args:
-      steps: arrays (matrices, rows, columns) of one shape; those of all are counted through.
-      basis: `V` as rows, as `start` returns it.
+      layer: each of like layers, whose inputs are rows and whose outputs columns of matrices, one
+        for each block.
+      steps: of their weights.
+      basis: `V` as rows, as `start` returns it: those of all layers' matrices.
       where: false for matrices without any excess, (matrices,).
       vector: to be multiplied with each :math:`D - E`, (matrices, 1, rows).
 
     Returns:
       The excess, and the next `V`.
     """
-    total = sum_squares(steps)
+    total = _sum_squares(layer, steps)
     before = basis.astype(steps[0].dtype)
     follow = (where & jnp.isfinite(total))[:, None, None]
-    tall = steps[0].shape[1] >= steps[0].shape[2]
 
-    # One product serves the directions and the vector.
-    if tall:
-        directions = _orthonormal(jnp.where(follow, along_rows(steps, before), 0))
-        images, pulled = _with(vector, directions, steps)
+    def along_columns(vectors: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Their products, and that of the vector, which costs little beside them."""
+        if vector is None:
+            return _along_columns(layer, steps, vectors), None
+        found = _along_columns(layer, steps, jnp.concatenate([vectors, vector], 1))
+        return found[:, :-1], found[:, -1:]
+
+    if tall := layer.fan_in >= layer.fan_out:
+        directions = _orthonormal(jnp.where(follow, _along_rows(layer, steps, before), 0))
+        images, pulled = along_columns(directions)
     else:
-        longer, pulled = _with(vector, before, steps)
+        longer, pulled = along_columns(before)
         directions = _orthonormal(jnp.where(follow, longer, 0))
-        images = along_rows(steps, directions)
+        images = _along_rows(layer, steps, directions)
     images = jnp.where(follow, images, 0)
 
     squares = jnp.sum(jnp.square(images), 2)
@@ -134,7 +143,8 @@ def leading_excess(
     cut = (1 - kept)[..., None] * directions
     left, right = (cut, images) if tall else (images, cut)
     if pulled is not None:
-        pulled = pulled - _product("bki,bij->bkj", _product("bki,bji->bkj", vector, left), right)
+        shares = _product("bji,bki->bjk", vector, left)
+        pulled = pulled - _product("bjk,bko->bjo", shares, right)
     square = rest + jnp.sum(jnp.square(kept) * squares, 1)
     largest = jnp.max(squares, 1)[:, None, None]
     relative = images * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
@@ -142,44 +152,82 @@ def leading_excess(
     return Cut(left, right, square, pulled), basis
 
 
-def no_excess(steps: Matrices, vector: jax.Array | None = None) -> Cut:
+def no_excess(layer: Layer, steps: Steps, vector: jax.Array | None = None) -> Cut:
     """That of matrices which are left as they are."""
-    square = sum_squares(steps)
-    none = (jnp.zeros((len(square), 0, n), steps[0].dtype) for n in steps[0].shape[1:])
-    return Cut(*none, square, None if vector is None else along_columns(steps, vector))
+    square = _sum_squares(layer, steps)
+    none = (jnp.zeros((len(square), 0, n), steps[0].dtype) for n in (layer.fan_in, layer.fan_out))
+    return Cut(*none, square, None if vector is None else _along_columns(layer, steps, vector))
 
 
-def sum_squares(steps: Matrices) -> jax.Array:
-    """Of each matrix, (matrices,): over its columns apart, and over the rows for all together."""
-    by_row = [everywhere(jnp.sum(jnp.square(jnp.abs(step)), 2)) for step in steps]
-    return jnp.sum(jnp.concatenate(by_row), 1)
+def _sum_squares(layer: Layer, steps: Steps) -> jax.Array:
+    """Of each matrix, (matrices,): over outputs apart, and over inputs for all together."""
+    squares = [jnp.sum(jnp.square(jnp.abs(x)), layer.outs, keepdims=True) for x in steps]
+    return jnp.sum(stack(squares), tuple(1 + i for i in layer.ins)).reshape(-1)
 
 
-def along_rows(steps: Matrices, vectors: jax.Array) -> jax.Array:
-    """Products of rows (matrices, vectors, columns) with the rows of each matrix."""
-    return _products("bij,bkj->bik", steps, vectors).mT
+def _along_rows(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
+    """Products of rows (matrices, k, columns) with those of each matrix: (matrices, k, rows)."""
+    given = _in_axes(layer, vectors, layer.outs, len(steps))
+    equation = _equation(layer, "w,bzo->biz")  # as a product of matrices has it
+    found = [everywhere(_product(equation, *pair)) for pair in zip(steps, given, strict=True)]
+    return jnp.stack(found).reshape(len(vectors), layer.fan_in, -1).mT
 
 
-def along_columns(steps: Matrices, vectors: jax.Array) -> jax.Array:
-    """Products of rows (matrices, vectors, rows) with the columns of each matrix."""
-    return _products("bij,bki->bkj", steps, vectors)
+def _along_columns(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
+    """Products of rows (matrices, k, rows) with the columns: (matrices, k, columns)."""
+    given = _in_axes(layer, vectors, layer.ins, len(steps))
+    equation = _equation(layer, "bzi,w->bzo")
+    found = [everywhere(_product(equation, *pair)) for pair in zip(given, steps, strict=True)]
+    return jnp.stack(found).reshape(len(vectors), -1, layer.fan_out)
 
 
-def _with(
-    vector: jax.Array | None, vectors: jax.Array, steps: Matrices
-) -> tuple[jax.Array, jax.Array | None]:
-    """`along_columns`, of the vectors and of one more that may be there."""
-    if vector is None:
-        return along_columns(steps, vectors), None
-    found = along_columns(steps, jnp.concatenate([vectors, vector.astype(vectors.dtype)], 1))
-    return found[:, :-1], found[:, -1:]
+# A weight is never reshaped, which on several devices could move it: vectors are, to its axes.
 
 
-def _products(equation: str, steps: Matrices, vectors: jax.Array) -> jax.Array:
-    parts = _split(vectors, steps)
-    return jnp.concatenate(
-        [everywhere(_product(equation, *pair)) for pair in zip(steps, parts, strict=True)]
-    )
+def _equation(layer: Layer, short: str) -> str:
+    """An equation for `einsum`, with the axes of the weight, its blocks, inputs and outputs."""
+    for name, axes in (
+        ("w", range(len(layer.shape))),
+        ("b", layer.blocks),
+        ("i", layer.ins),
+        ("o", layer.outs),
+    ):
+        short = short.replace(name, "".join(chr(ord("A") + axis) for axis in axes))
+    return short
+
+
+def _in_axes(
+    layer: Layer, vectors: jax.Array, side: tuple[int, ...], count: int
+) -> Sequence[jax.Array]:
+    """Vectors (matrices, k, n) of each of some layers, in axes: (*blocks, k, *side)."""
+    blocks, n = ([layer.shape[i] for i in axes] for axes in (layer.blocks, side))
+    return jnp.unstack(vectors.reshape(count, *blocks, vectors.shape[1], *n))
+
+
+def _beside(layer: Layer, x: jax.Array, side: tuple[int, ...], step: jax.Array) -> jax.Array:
+    """Vectors in axes that lie, on explicit mesh axes, where those of the step do."""
+    sharding = jax.typeof(step).sharding
+    if not any(sharding.spec):
+        return x
+    blocks, own = ([sharding.spec[i] for i in axes] for axes in (layer.blocks, side))
+    spec = jax.sharding.PartitionSpec(*blocks, None, *own)
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def _outer(layer: Layer, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """What a product is, in a loop over its entries, which need not be in memory.
+
+    On a CPU such a loop is slow, on a GPU it is part of the one that steps the weight.
+    """
+
+    def spread(x: jax.Array, side: tuple[int, ...]) -> jax.Array:
+        own = (*layer.blocks, *side)
+        order = [own.index(i) for i in sorted(own)]
+        k = len(layer.blocks)
+        x = x.transpose(k, *(i + (i >= k) for i in order))
+        return jnp.expand_dims(x, [1 + i for i in range(len(layer.shape)) if i not in own])
+
+    return jnp.sum(spread(rows, layer.ins) * spread(columns, layer.outs), 0)
 
 
 def _orthonormal(vectors: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adafisher_jax as af
+from adafisher_jax.diagnostics.stored import of_layers
 
 # Compiling takes most of the time of tests this small: a program that runs twice needs no tuning.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -73,6 +74,14 @@ def random_factor(rng, layer):
     s = rng.exponential(size=zeros.s.shape) * 1e-3
     rows = np.full(zeros.rows.shape, 8.0)
     return af.Factor(*(jnp.asarray(v) for v in (h, s, rows, mean)))
+
+
+def curvatures(state, layout):
+    """Each layer's `Curvature` in a state."""
+    return {
+        layer.path: jax.tree.map(lambda part: part[0], stored.curvature)
+        for layer, stored in of_layers(state, layout)
+    }
 
 
 def random_factors(rng, *layers):

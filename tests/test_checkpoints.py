@@ -245,7 +245,7 @@ def test_orbax_refuses_another_shape(ocp, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "one", one_array(create()))
         checkpointer.wait_until_finished()
-        with pytest.raises(ValueError, match=r"\(1, 5\) is not compatible .* \(1, 4\)"):
+        with pytest.raises(ValueError, match=r"\(1, 1, 5\) is not compatible .* \(1, 1, 4\)"):
             checkpointer.restore(tmp_path / "one", one_array(create(model=Net(5))))
 
 

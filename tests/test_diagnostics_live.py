@@ -16,6 +16,7 @@ from tests import nnx_reference
 from tests.every_rule import every_rule
 from tests.hand_made import (
     LAYERS,
+    curvatures,
     layout_of,
     make_layer,
     random_factor,
@@ -102,7 +103,8 @@ def test_effective_rates_are_those_of_the_updates(rule, name):
 
 def terms(layer, state):
     """Of "centered": Ĥ and Ŝ of each block, by their formulas, and the first with its damping."""
-    factor, weight = state.factors[layer.path], blocks(state.slots[layer.path], layer.axes)
+    factor, slot, _ = curvatures(state, layout_of(layer))[layer.path]
+    weight = blocks(slot, layer.axes)
     s = blocks(factor.s, layer.axes) / weight
     s = s / s.mean((1, 2), keepdims=True)
     if layer.kind == "norm":
@@ -146,7 +148,7 @@ def test_quantiles_of_centered_follow_from_its_terms():
 def test_conditions_are_those_of_the_averages(rule, name):
     layer = ALL[name]
     for _, _, state, found in trajectory(rule)[1]:
-        h, s = (blocks(part, layer.axes) for part in state.factors[name][:2])
+        h, s = (blocks(part, layer.axes) for part in curvatures(state, EVERY)[name].factor[:2])
         if layer.kind == "norm":  # one of a pair: it is alike for all channels
             h = np.ones_like(s[:, :1, :1])
         products = h * s

@@ -10,7 +10,9 @@ import adafisher_jax as af
 from adafisher_jax import in_turn
 from tests.hand_made import layout_of, make_layer, random_factors, random_tree
 
-LAYERS = [make_layer(name, "dense", (6, 4), "in0 out0", "out0") for name in ("a", "b")]
+LAYERS = [  # unlike: alike, they would be stepped together
+    make_layer(name, "dense", (6, n), "in0 out0", "out0") for name, n in (("a", 4), ("b", 5))
+]
 
 
 def test_on_a_cpu_and_only_there_the_value_depends_on_the_others():

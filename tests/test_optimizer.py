@@ -106,7 +106,8 @@ def test_the_factors_in_the_state_are_typed_as_those_captured(rule):
     _, _, factors = jax.eval_shape(af.value_and_grad(loss_fn, layout), PARAMS, X)
     assert sorted(factors) == ["Dense_0", "LayerNorm_0", "blocks/Dense_0"]
     assert all(isinstance(factor, af.Factor) for factor in state.factors.values())
-    types = [jax.tree.map(lambda a: (a.shape, a.dtype), f) for f in (state.factors, factors)]
+    stored = jax.eval_shape(lambda state: af.diagnostics.averages(state, layout), state)
+    types = [jax.tree.map(lambda a: (a.shape, a.dtype), f) for f in (stored, factors)]
     assert types[0] == types[1]
 
 

@@ -278,10 +278,10 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     variance = np.var(x, 0)
     root_h = np.sqrt(variance / variance.mean() + TAU)[:, None]
     root_s = np.sqrt(s2[0] / s2.mean() + TAU)
-    d_w = (g_w / (root_h * root_s))[None]
-    basis = spectrum.start(d_w.shape)
-    cut, _ = spectrum.leading_excess([d_w], basis, jnp.ones(1, bool))
-    d_w = cut.subtract([d_w])[0][0]
+    d_w = g_w / (root_h * root_s)
+    basis = spectrum.start((1, *d_w.shape))
+    cut, _ = spectrum.leading_excess(layer, [d_w], basis, jnp.ones(1, bool))
+    (d_w,) = cut.subtract(layer, [d_w])
     d_b = g_b / root_s
     new_w = w - 0.2 * d_w / np.sqrt(np.mean(d_w**2))
     new_b = shifted - d_b / np.sqrt(np.mean(g_b**2))

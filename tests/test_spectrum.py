@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from adafisher_jax import spectrum
+from tests.hand_made import make_layer
 
 ONE = jnp.ones(1, bool)
 SHAPES = pytest.mark.parametrize("shape", [(1, 12, 20), (1, 36, 10), (6, 12, 12)])
@@ -23,14 +24,19 @@ def matrices(shape, values, seed=0):
     return jnp.asarray(np.array(found))
 
 
+def of(step):
+    """The layer of which these matrices are the blocks."""
+    return make_layer("layer", "dense", step.shape, "batch0 in0 out0")
+
+
 def follow(step, times):
     """What is left of a step that is taken several times, its directions and its squares' sum."""
     where = jnp.ones(len(step), bool)
-    find = jax.jit(lambda basis: spectrum.leading_excess([step], basis, where))
+    find = jax.jit(lambda basis: spectrum.leading_excess(of(step), [step], basis, where))
     basis = spectrum.start(step.shape)
     for _ in range(times):
         cut, basis = find(basis)
-    return cut.subtract([step])[0], basis, cut.square
+    return cut.subtract(of(step), [step])[0], basis, cut.square
 
 
 @SHAPES
@@ -61,9 +67,9 @@ def test_the_product_of_a_vector_is_that_with_what_is_left(shape, x64):
     where = jnp.ones(len(step), bool)
     basis = spectrum.start(shape)
     vector = jnp.asarray(np.random.default_rng(1).normal(size=(shape[0], 1, shape[1])))
-    found, _ = jax.jit(spectrum.leading_excess)([step], basis, where, vector)
-    for cut in (found, spectrum.no_excess([step], vector)):
-        (left,) = cut.subtract([step])
+    found, _ = jax.jit(spectrum.leading_excess, static_argnums=0)(of(step), [step], basis, where, vector)
+    for cut in (found, spectrum.no_excess(of(step), [step], vector)):
+        (left,) = cut.subtract(of(step), [step])
         np.testing.assert_allclose(cut.pulled, vector @ left, rtol=1e-10, atol=1e-12)
 
 
@@ -138,8 +144,8 @@ def test_single_precision_is_enough_for_steep_spectra(shape, ratio):
 def test_matrices_that_are_left_out_are_as_they_were():
     step = matrices((2, 12, 9), [9.0, 1, 1, 1, 1, 1])
     basis = spectrum.start(step.shape)
-    cut, after = spectrum.leading_excess([step], basis, jnp.array([True, False]))
-    (flat,) = cut.subtract([step])
+    cut, after = spectrum.leading_excess(of(step), [step], basis, jnp.array([True, False]))
+    (flat,) = cut.subtract(of(step), [step])
     np.testing.assert_array_equal(flat[1], step[1])
     assert np.linalg.matrix_rank(np.concatenate([after[1], basis[1]]), 1e-6) == 4
     assert jnp.max(jnp.abs(flat[0] - step[0])) > 0.1

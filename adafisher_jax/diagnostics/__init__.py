@@ -1,6 +1,7 @@
 """Seeing the curvature: what the optimizer does to each layer, and how far its diagonals hold.
 
 - `report`, `table`, `scalars`: live, from the optimizer's state, inside a jitted step.
+- `averages`: what that state keeps of each layer.
 - `full_factors`, `pool`: the whole Kronecker factors of chosen layers.
 - `diagonal_energy`, `gershgorin`, `add_noise`, `eigenvalues`, `kaiser`, `fourier`,
   `signal_to_noise`: how diagonal such a factor is.
@@ -23,6 +24,7 @@ from adafisher_jax.diagnostics.concentration import (
 )
 from adafisher_jax.diagnostics.full_factors import FullFactor, full_factors, pool
 from adafisher_jax.diagnostics.live import LayerReport, report, scalars, table
+from adafisher_jax.diagnostics.stored import averages
 
 __all__ = [
     "Comparison",
@@ -31,6 +33,7 @@ __all__ = [
     "FullFactor",
     "LayerReport",
     "add_noise",
+    "averages",
     "compare_steps",
     "diagonal_energy",
     "eigenvalues",

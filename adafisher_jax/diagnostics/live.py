@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from adafisher_jax.capture import check_layout
+from adafisher_jax.diagnostics.stored import Stored, of_layers, states
 from adafisher_jax.layout import Layer, Layout, by_path
-from adafisher_jax.optimizer import ScaleByAdaFisherState
-from adafisher_jax.rules import Curvature, Rule, Scale, make_rule
+from adafisher_jax.rules import Rule, Scale, make_rule
 
 QUANTILES = (0.05, 0.5, 0.95)
 _POINTS = 32  # of each factor at most, from which quantiles are taken
@@ -109,22 +109,18 @@ def report(
         layout.check_params(weights)
         layout.check_params(steps)
     found: dict[str, LayerReport] = {}
-    for state in _states(opt_state):
+    for state in states(opt_state):
         momenta = _leaves(state.mu)
-        order = list(state.factors)
-        for layer in layout.layers:
-            path, at = layer.path, layer.leaves[0].path
-            if path not in state.factors or at not in momenta:  # another's, or masked
+        for layer, stored in of_layers(state, layout):
+            at = layer.leaves[0].path
+            if at not in momenta:  # masked
                 continue
-            _check(chosen, layer, momenta[at], state.scales.get(at))
-            found[path] = _of_layer(
-                layer.nameless,
+            _check(chosen, layer, momenta[at], stored.scale)
+            found[layer.path] = _of_layer(
+                layer.stacked(1),
                 layer.bias is not None and layer.bias.path in momenta,
                 chosen,
-                state.curvature(path),
-                state.ages[order.index(path)],
-                state.skipped[order.index(path)],
-                state.scales.get(at),
+                stored,
                 learning_rate,
                 weights.get(at),
                 steps.get(at),
@@ -179,19 +175,6 @@ def _cell(value: Any) -> str:
     return f"{number:.3g}" if isinstance(number, float) else str(number)
 
 
-def _states(opt_state: Any) -> list[ScaleByAdaFisherState]:
-    def is_state(node: Any) -> bool:
-        return isinstance(node, ScaleByAdaFisherState)
-
-    plain = jax.tree.map(
-        lambda leaf: leaf[...] if isinstance(leaf, nnx.Variable) else leaf,
-        opt_state,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
-    found = [node for node in jax.tree.leaves(plain, is_leaf=is_state) if is_state(node)]
-    return [state for state in found if isinstance(state.factors, dict)]
-
-
 def _leaves(tree: Any) -> dict[str, jax.Array]:
     if isinstance(tree, nnx.Module):
         tree = nnx.state(tree, nnx.Param)
@@ -208,14 +191,12 @@ def _of_layer(
     layer: Layer,
     steps_bias: bool,
     rule: Rule,
-    curvature: Curvature,
-    age: jax.Array,
-    skipped: jax.Array,
-    scale: Scale | None,
+    stored: Stored,
     learning_rate: Any,
     weight: jax.Array | None,
     step: jax.Array | None,
 ) -> LayerReport:
+    curvature = stored.curvature
     refreshed = rule.refreshed(curvature)
     h, _, s = rule.scaled(layer, curvature, layer.kind != "norm" and steps_bias)
     h = _own(layer, h)
@@ -224,7 +205,7 @@ def _of_layer(
     points = _points(layer.to_matrices(h), 1), _points(layer.to_matrices(s), 2)
     divisor = rule.damped(layer, *points) ** rule.exponent
     known = refreshed.reshape(-1, 1, 1)
-    size = learning_rate * rule.size(layer, scale)
+    size = learning_rate * rule.size(layer, stored.scale)
     sizes = jnp.broadcast_to(size, layer.slot_shape).reshape(-1, 1, 1)
     rates = sizes / jnp.where(known, divisor, 1)
     low, median, high = jnp.quantile(rates, jnp.asarray(QUANTILES, rates.dtype))
@@ -235,8 +216,8 @@ def _of_layer(
         rate_high=high,
         condition=_condition(layer, _own(layer, curvature.factor.h), curvature.factor.s),
         relative_step=None if weight is None or step is None else _rms(step) / _rms(weight),
-        age=age,
-        skipped=skipped,
+        age=stored.age,
+        skipped=stored.skipped,
     )
 
 

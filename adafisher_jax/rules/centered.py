@@ -119,18 +119,19 @@ class Centered(Rule):
         Returns:
           The steps, their products with `mean`, and what is stored of them.
         """
-        matrices = [layer.one.to_matrices(step) for step in steps]
+        one = layer.one
         vector = None if mean is None else layer.to_matrices(mean).mT
         if scale.basis is None:
-            cut = spectrum.no_excess(matrices, vector)
+            cut = spectrum.no_excess(one, steps, vector)
         else:
-            cut, basis = spectrum.leading_excess(matrices, scale.basis, where.reshape(-1), vector)
+            where = where.reshape(-1)
+            cut, basis = spectrum.leading_excess(one, steps, scale.basis, where, vector)
             scale = scale._replace(basis=basis)
         square = _mean(cut.square.reshape(layer.slot_shape), layer.axes)
-        entries = max(math.prod(matrices[0].shape[1:]), 1)
-        scale, inverse = self._size(scale, jnp.maximum(square / entries, least))
+        square = square / max(layer.fan_in * layer.fan_out, 1)
+        scale, inverse = self._size(scale, jnp.maximum(square, least))
         size = self.step_rms(layer) * inverse
-        flat = each(jnp.multiply, map(layer.one.from_matrices, cut.subtract(matrices)), size)
+        flat = each(jnp.multiply, cut.subtract(one, steps), size)
         return flat, None if mean is None else layer.from_matrices(cut.pulled) * size, scale
 
     def step_rms(self, layer: Layer | None) -> Any:

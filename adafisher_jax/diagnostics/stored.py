@@ -1,0 +1,112 @@
+"""What an optimizer's state holds of each layer, whichever other layers lie beside it."""
+
+import collections
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from adafisher_jax.alike import places
+from adafisher_jax.capture import check_layout
+from adafisher_jax.factors import Factor
+from adafisher_jax.layout import Layer, Layout, by_path
+from adafisher_jax.optimizer import ScaleByAdaFisherState
+from adafisher_jax.rules import Curvature, Scale
+
+
+class Stored(NamedTuple):
+    """What is stored of one layer, as of a group of one: stacked along an axis of length 1.
+
+    Attributes:
+      curvature: its averages.
+      scale: of its first parameter's steps, if the rule keeps any.
+      age: steps since its averages changed, ().
+      skipped: refreshes that were skipped, ().
+    """
+
+    curvature: Curvature
+    scale: Scale | None
+    age: jax.Array
+    skipped: jax.Array
+
+
+def averages(opt_state: Any, layout: Layout) -> dict[str, Factor]:
+    """Each layer's running averages, of a transformation in which like layers lie stacked.
+
+    Args:
+      opt_state: of any transformation or `nnx.Optimizer` with AdaFisher in it.
+      layout: the transformation's.
+
+    Returns:
+      By layer path, as stored: under a rule whose averages start at zero they have the weight of
+      their refreshes, which the ratios of `h` and `s` to each other do not depend on.
+
+    Raises:
+      TypeError: for a layout that is none.
+      ValueError: if the state has none of the layout's layers, or others like them.
+
+    Example:
+      >>> import adafisher_jax as af, jax.numpy as jnp
+      >>> layers = [
+      ...     af.Layer(name, "dense", af.Leaf(f"{name}/w", (3, 2), ("in0", "out0")), None)
+      ...     for name in ("a", "b")
+      ... ]
+      >>> layout = af.Layout(tuple(layers))
+      >>> tx = af.scale_by_adafisher(layout, rule="centered")
+      >>> state = tx.init({name: {"w": jnp.zeros((3, 2))} for name in ("a", "b")})
+      >>> {path: factor.h.shape for path, factor in state.factors.items()}
+      {'a': (2, 3, 1)}
+      >>> {path: factor.h.shape for path, factor in averages(state, layout).items()}
+      {'a': (3, 1), 'b': (3, 1)}
+    """
+    check_layout(layout)
+    found = {}
+    for state in states(opt_state):
+        for layer, stored in of_layers(state, layout):
+            found[layer.path] = jax.tree.map(lambda part: part[0], stored.curvature.factor)
+    if not found:
+        raise ValueError("opt_state: got none with AdaFisher's factors of a layer of the layout")
+    return dict(sorted(found.items()))
+
+
+def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[Layer, Stored]]:
+    """What a state holds of the layout's layers that are its own."""
+    momenta = by_path(state.mu)[0]
+    layers = sorted(layout.layers, key=lambda layer: layer.path)
+    own = [layer for layer in layers if any(leaf.path in momenta for leaf in layer.leaves)]
+    found = list(places(own, state.factors))
+    members = collections.Counter(name for _, name, _ in found)
+    for index, (layer, name, place) in enumerate(found):
+        if members[name] != (count := len(state.slots[name])):
+            raise ValueError(
+                f"layout: it has {members[name]} layers like {name!r}, the state has {count}: give "
+                "the layout that the transformation has"
+            )
+        first = next(one for one, *at in found if at == [name, 0])
+        scale = state.scales.get(first.leaves[0].path)
+        part = slice(place, place + 1)
+        yield (
+            layer,
+            Stored(
+                jax.tree.map(lambda x, part=part: x[part], state.curvature(name)),
+                scale and Scale(scale.square[part], scale.weight[part]),
+                state.ages[index],
+                state.skipped[index],
+            ),
+        )
+
+
+def states(opt_state: Any) -> list[ScaleByAdaFisherState]:
+    """Those of AdaFisher with layers, within any other."""
+
+    def is_state(node: Any) -> bool:
+        return isinstance(node, ScaleByAdaFisherState)
+
+    plain = jax.tree.map(
+        lambda leaf: leaf[...] if isinstance(leaf, nnx.Variable) else leaf,
+        opt_state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    found = [node for node in jax.tree.leaves(plain, is_leaf=is_state) if is_state(node)]
+    return [state for state in found if isinstance(state.factors, dict)]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from adafisher_jax.layout import Layer
 
-MOST = 2**24  # entries of all weights in a group: their steps are in memory at one time
+MOST = 2**23  # entries of all weights in a group: their steps are in memory at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +80,7 @@ def groups(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> list[Group]:
     return [Group(tuple(group)) for group in found]
 
 
-def places(
-    layers: Iterable[Layer], names: Container[str]
-) -> Iterator[tuple[Layer, str, int]]:
+def places(layers: Iterable[Layer], names: Container[str]) -> Iterator[tuple[Layer, str, int]]:
     """The layers of groups of which the names are known, each with its group's and its place in it.
 
     Args:

@@ -99,7 +99,7 @@ def _all_said(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
 def scale_by_adafisher(
     layout: Layout | None,
     *,
-    rule: str,
+    rule: str | Rule,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,
@@ -124,7 +124,7 @@ def scale_by_adafisher(
 
     Args:
       layout: from `adafisher_jax.trace_layout`; None where there are no layers.
-      rule: `"paper"`, `"official"` or `"centered"`, the recommended one.
+      rule: `"paper"`, `"official"` or `"centered"`, the recommended one; or a `Rule`.
       b1: decay β of the momentum.
       curvature_ema: decay γ of the factors' averages; None for the rule's default.
       damping: λ (or τ); None for the rule's default. Without any (0), entries whose Fisher term
@@ -368,7 +368,7 @@ def adafisher(
     learning_rate: optax.ScalarOrSchedule,
     layout: Layout | None,
     *,
-    rule: str,
+    rule: str | Rule,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,
@@ -418,7 +418,7 @@ def adafisherw(
     learning_rate: optax.ScalarOrSchedule,
     layout: Layout | None,
     *,
-    rule: str,
+    rule: str | Rule,
     b1: Any = 0.9,
     curvature_ema: Any = None,
     damping: Any = None,

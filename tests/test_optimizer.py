@@ -12,7 +12,14 @@ import pytest
 
 import adafisher_jax as af
 from tests.every_rule import every_rule
-from tests.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
+from tests.hand_made import (
+    curvatures,
+    layout_of,
+    make_layer,
+    quick_jit,
+    random_factors,
+    random_tree,
+)
 
 DENSE = make_layer("dense", "dense", (3, 4), "in0 out0", "out0")
 STACK = make_layer("stack", "dense", (2, 3, 4), "stack0 in0 out0", "stack0 out0")
@@ -56,7 +63,9 @@ def equal(a, b):
 
 
 def averages(state):
-    return state.factors, state.slots
+    """Factors and slots, by layer path."""
+    found = curvatures(state, layout_of(*LAYERS))
+    return tuple({path: one[i] for path, one in found.items()} for i in range(2))
 
 
 class Small(nn.Module):

@@ -453,3 +453,20 @@ def test_the_scales_keep_their_type_beside_a_wider_bias(x64):
     _, after = tx.update(grads, state, factors={"layer": factor})
     types = [[x.dtype for x in jax.tree.leaves(one.scales)] for one in (state, after)]
     assert types[0] == types[1]
+
+
+def test_a_rule_is_taken_where_its_name_is():
+    class Plain(type(make_rule("centered"))):
+        nesterov = False
+
+    grads = random_tree(np.random.default_rng(0), LAYER)
+    factors = random_factors(np.random.default_rng(0), LAYER)
+    found = {}
+    for rule in ("centered", make_rule("centered"), Plain(CENTERED_GAMMA, TAU)):
+        tx = af.scale_by_adafisher(layout_of(LAYER), rule=rule)
+        found[rule] = quick_jit(tx.update)(grads, tx.init(grads), factors=factors)[0]
+    named, same, other = found.values()
+    jax.tree.map(np.testing.assert_array_equal, named, same)
+    assert not np.allclose(other["layer"]["weight"], named["layer"]["weight"], rtol=1e-3)
+    with pytest.raises(ValueError, match="damping: got -1"):
+        af.scale_by_adafisher(layout_of(LAYER), rule=Plain(0.9, -1))

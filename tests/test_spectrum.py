@@ -67,7 +67,9 @@ def test_the_product_of_a_vector_is_that_with_what_is_left(shape, x64):
     where = jnp.ones(len(step), bool)
     basis = spectrum.start(shape)
     vector = jnp.asarray(np.random.default_rng(1).normal(size=(shape[0], 1, shape[1])))
-    found, _ = jax.jit(spectrum.leading_excess, static_argnums=0)(of(step), [step], basis, where, vector)
+    found, _ = jax.jit(spectrum.leading_excess, static_argnums=0)(
+        of(step), [step], basis, where, vector
+    )
     for cut in (found, spectrum.no_excess(of(step), [step], vector)):
         (left,) = cut.subtract(of(step), [step])
         np.testing.assert_allclose(cut.pulled, vector @ left, rtol=1e-10, atol=1e-12)

@@ -57,7 +57,7 @@ def report(
     opt_state: Any,
     layout: Layout,
     *,
-    rule: str,
+    rule: str | Rule,
     damping: Any = None,
     learning_rate: Any = 1.0,
     params: Any = None,

@@ -29,29 +29,26 @@ RULES: dict[str, tuple[type[Rule], float, float]] = {
 }
 
 
-def register(rule: type[Rule]) -> None:
-    """Makes a rule a pytree: `register_dataclass` would let JAX take one for another."""
-    jax.tree_util.register_pytree_node(
-        rule, lambda one: ((one.ema, one.damping), None), lambda _, own: rule(*own)
-    )
-
-
-for _rule, _, _ in RULES.values():
-    register(_rule)
-
-
-def make_rule(name: str, ema: Any = None, damping: Any = None) -> Rule:
-    """The rule called `name`; None stands for its own default.
+def make_rule(name: str | Rule, ema: Any = None, damping: Any = None) -> Rule:
+    """The rule called `name`, or a rule itself; None stands for its own default.
 
     Raises:
       ValueError: for an unknown name, an averaging constant outside [0, 1) or a negative
         damping. Traced values are not checked.
     """
+    if isinstance(name, Rule):
+        ema = name.ema if ema is None else ema
+        damping = name.damping if damping is None else damping
+        return _checked(type(name), ema, damping)
     if name not in tuple(RULES):
         raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, RULES))}")
     rule, default_ema, default_damping = RULES[name]
     ema = default_ema if ema is None else ema
     damping = default_damping if damping is None else damping
+    return _checked(rule, ema, damping)
+
+
+def _checked(rule: type[Rule], ema: Any, damping: Any) -> Rule:
     check_fraction("curvature_ema", ema)
     if _is_known(damping) and not (is_number(damping) and damping >= 0):
         raise ValueError(f"damping: got {damping!r}, wanted a number of at least 0")

@@ -96,6 +96,13 @@ class Rule:
     ema: Any
     damping: Any
 
+    def __init_subclass__(cls) -> None:
+        """Makes a rule a pytree: `register_dataclass` would let JAX take one for another."""
+        super().__init_subclass__()
+        jax.tree_util.register_pytree_node(
+            cls, lambda one: ((one.ema, one.damping), None), lambda _, own: cls(*own)
+        )
+
     nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
     exponent = 1.0  # of `damped`, in what the momentum is divided by
 

@@ -46,8 +46,9 @@ def cut_whole(task, rate, weight_decay):
     return Optimizer(*map(patched, changed(task, rate, weight_decay)))
 
 
-def _all_excess(step, basis, where):
+def _all_excess(layer, steps, basis, where, vector=None):
     """All but the nearest matrix with singular values of one; those near zero stay there."""
+    step = jnp.concatenate([layer.to_matrices(step) for step in steps])
     found = jnp.isfinite(step).all((1, 2)) & where
     safe = jnp.where(found[:, None, None], step, 0)
     left, values, right = jnp.linalg.svd(safe, full_matrices=False)
@@ -55,7 +56,9 @@ def _all_excess(step, basis, where):
     excess = step - (left * ones[:, None]) @ right
     one = jnp.eye(step.shape[2], dtype=step.dtype)
     one = jnp.broadcast_to(one, (len(step), *one.shape))
-    return (excess, one), basis, jnp.where(found, jnp.sum(ones, 1), jnp.nan)
+    square = jnp.where(found, jnp.sum(ones, 1), jnp.nan)
+    pulled = None if vector is None else vector @ (step - excess)
+    return spectrum.Cut(excess.mT, one, square, pulled), basis
 
 
 class Variant(Centered):
@@ -72,7 +75,6 @@ class Variant(Centered):
 def changed(task, rate, weight_decay, **attributes):
     """A rule with other attributes, and a type of its own, for which steps are traced anew."""
     rule = type("Variant", (Variant,), attributes)
-    rules.register(rule)
     with mock.patch.dict(rules.RULES, centered=(rule, *rules.RULES["centered"][1:])):
         return set_to(task, rate, weight_decay)
 

@@ -235,9 +235,9 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
 
     Cosines are taken a bit smaller than they are, by which it succeeds whatever the rows are
     (arXiv:1809.11085). A row of which those before leave a thousandth is then orthogonal to them.
-    Of one of which they leave less, the less there is the shorter the row that is returned. So the
-    rows `Q` have :math:`Q Q^T \le 1` up to rounding: what is cut along them is never more than there
-    is, and what is left never larger than it is taken for.
+    Of one of which they leave less, the less there is the shorter the row that is returned. So
+    :math:`Q Q^T \le 1` of the rows `Q`, up to rounding: what is cut along them is never more than
+    there is, and what is left never larger than it is taken for.
     """
     gram = _product("bkj,blj->bkl", vectors, vectors)
     one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)

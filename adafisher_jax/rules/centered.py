@@ -112,8 +112,11 @@ class Centered(Rule):
         """Weights' steps with their leading singular values cut, at their size.
 
         Args:
+          layer: the group's.
+          steps: of each weight, in its own axes.
           mean: of the inputs, if it is to be multiplied with the steps.
           where: false for layers, or blocks of them, whose values are left as they are.
+          scale: what is stored of their steps.
           least: what their mean squares are at least taken for.
 
         Returns:

@@ -142,7 +142,7 @@ def leading_excess(
     kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
     cut = (1 - kept)[..., None] * directions
     left, right = (cut, images) if tall else (images, cut)
-    if pulled is not None:
+    if vector is not None and pulled is not None:
         shares = _product("bji,bki->bjk", vector, left)
         pulled = pulled - _product("bjk,bko->bjo", shares, right)
     square = rest + jnp.sum(jnp.square(kept) * squares, 1)
@@ -155,8 +155,11 @@ def leading_excess(
 def no_excess(layer: Layer, steps: Steps, vector: jax.Array | None = None) -> Cut:
     """That of matrices which are left as they are."""
     square = _sum_squares(layer, steps)
-    none = (jnp.zeros((len(square), 0, n), steps[0].dtype) for n in (layer.fan_in, layer.fan_out))
-    return Cut(*none, square, None if vector is None else _along_columns(layer, steps, vector))
+    left, right = (
+        jnp.zeros((len(square), 0, n), steps[0].dtype) for n in (layer.fan_in, layer.fan_out)
+    )
+    pulled = None if vector is None else _along_columns(layer, steps, vector)
+    return Cut(left, right, square, pulled)
 
 
 def _sum_squares(layer: Layer, steps: Steps) -> jax.Array:

@@ -188,6 +188,15 @@ def test_a_state_of_nothing_it_knows():
         ours.tx.update(ours.params, ({}, *ours.opt_state[1:]), ours.params, factors=None)
 
 
+def test_a_state_with_each_layer_apart_is_refused():
+    """As they were stored once."""
+    ours = create()
+    state, *others = ours.opt_state
+    apart = state._replace(factors=af.diagnostics.averages(state, layout_of(Net())))
+    with pytest.raises(ValueError, match=r"another model, layout or rule: '[^']*factors/"):
+        ours.tx.update(ours.params, (apart, *others), ours.params, factors=None)
+
+
 # Orbax.
 
 

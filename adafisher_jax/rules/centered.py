@@ -135,7 +135,8 @@ class Centered(Rule):
         scale, inverse = self._size(scale, jnp.maximum(square, least))
         size = self.step_rms(layer) * inverse
         flat = each(jnp.multiply, cut.subtract(one, steps), size)
-        return flat, None if mean is None else layer.from_matrices(cut.pulled) * size, scale
+        pulled = None if cut.pulled is None else layer.from_matrices(cut.pulled) * size
+        return flat, pulled, scale
 
     def step_rms(self, layer: Layer | None) -> Any:
         """The root mean square of a weight's steps at a learning rate of one."""

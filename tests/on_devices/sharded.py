@@ -3,17 +3,22 @@
 Run by `tests/test_devices.py`, in a process that has eight devices.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
 import adafisher_jax as af
+from adafisher_jax.layout import path_of
+from benchmarks.communication import COLLECTIVES, INSTRUCTION, shape_bytes
+from tests.hand_made import layout_of, make_layer, random_factors, random_tree
 from tests.on_devices.tasks import (
     Perceptron,
     Run,
@@ -248,6 +253,47 @@ def test_a_model_for_automatic_axes_gets_its_factors_on_explicit_ones(plan, x64)
         automatic = auto_axes(grad_fn, out_sharding=P())
         found = fast_jit(automatic)(params, on(mesh, task.batches[0]))
     assert_close(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_update_gathers_no_weight(kind):
+    """Devices exchange vectors, of which directions have sixteen for each weight."""
+    weights = {
+        make_layer("a", "dense", (512, 256), "in0 out0", "out0"): P("data", "model"),
+        make_layer("b", "dense", (512, 256), "in0 out0", "out0"): P("data", "model"),
+        make_layer("wide", "dense", (256, 512), "in0 out0"): P("model", "data"),
+        make_layer("heads", "dense", (256, 4, 64), "in0 out0 out1"): P("data", "model"),
+        make_layer("conv", "conv", (3, 3, 64, 128), "in0 in1 in2 out0"): P(0, 0, "data", "model"),
+    }
+    weights = {x: P(*(axis or None for axis in spec)) for x, spec in weights.items()}
+    places = {layer.weight.path: spec for layer, spec in weights.items()}
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (kind,) * 2)
+
+    def on_mesh(leaf, spec=None):
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec or P())
+        )
+
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: on_mesh(leaf, places.get(path_of(keys), P())),
+            random_tree(rng, *weights),
+        )
+        factors = jax.tree.map(on_mesh, random_factors(rng, *weights))
+        tx = af.scale_by_adafisher(layout_of(*weights), rule="centered")
+        state = jax.tree.map(on_mesh, jax.eval_shape(tx.init, params))._replace(mu=params)
+        pins = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+        update = jax.jit(lambda g, s, f: tx.update(g, s, factors=f), out_shardings=pins)
+        program = update.lower(params, state, factors).compile().as_text()
+    exchanged = [
+        shape_bytes(array) / 4
+        for _, shape, operation, _ in INSTRUCTION.findall(program)
+        if operation.removesuffix("-start") in COLLECTIVES
+        for array in re.findall(r"\w+\[[\d,]*\]", shape)
+    ]
+    smallest = min(layer.weight.size for layer in weights)
+    assert 0 < max(exchanged) <= smallest / 2
 
 
 # Metadata.

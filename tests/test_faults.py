@@ -167,7 +167,7 @@ def test_an_axis_of_length_zero_is_no_fault(rule):
         for _ in range(2):
             _, grads, factors = af.value_and_grad(loss, layout)(params, X)
             updates, state = tx.update(grads, state, factors=factors)
-    assert set(by_layer(state).values()) == {0}
+    assert set(by_layer(state, layout).values()) == {0}
     assert not np.any(state.ages)
     assert len(state.slots) == 6
     for path, slot in state.slots.items():

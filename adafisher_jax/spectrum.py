@@ -165,7 +165,7 @@ def no_excess(layer: Layer, steps: Steps, vector: jax.Array | None = None) -> Cu
 def _sum_squares(layer: Layer, steps: Steps) -> jax.Array:
     """Of each matrix, (matrices,): over outputs apart, and over inputs for all together."""
     squares = [jnp.sum(jnp.square(jnp.abs(x)), layer.outs, keepdims=True) for x in steps]
-    return jnp.sum(stack(squares), tuple(1 + i for i in layer.ins)).reshape(-1)
+    return jnp.ravel(jnp.sum(stack(squares), tuple(1 + i for i in layer.ins)))
 
 
 def _along_rows(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
@@ -181,7 +181,7 @@ def _along_columns(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
     given = _in_axes(layer, vectors, layer.ins, len(steps))
     equation = _equation(layer, "bzi,w->bzo")
     found = [everywhere(_product(equation, *pair)) for pair in zip(given, steps, strict=True)]
-    return jnp.stack(found).reshape(*vectors.shape[:2], layer.fan_out)
+    return jnp.stack(found).reshape(len(vectors), vectors.shape[1], layer.fan_out)
 
 
 # A weight is never reshaped, which on several devices could move it: vectors are, to its axes.

@@ -223,11 +223,6 @@ def _of_layer(
 
 def _check(rule: Rule, layer: Layer, momentum: jax.Array, scale: Scale | None) -> None:
     at = layer.leaves[0]
-    if momentum.shape != at.shape:
-        raise ValueError(
-            f"opt_state: the momentum of {at.path!r} has shape {momentum.shape}, the layout wants "
-            f"{at.shape}: it is of another model, or of several (report under jax.vmap then)"
-        )
     wanted = jax.eval_shape(lambda leaf: rule.start_scale(leaf, layer, at), momentum)
     if (wanted is None) != (scale is None):
         has, wants = ("none" if one is None else "one" for one in (scale, wanted))

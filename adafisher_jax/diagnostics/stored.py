@@ -75,6 +75,12 @@ def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[La
     momenta = by_path(state.mu)[0]
     layers = sorted(layout.layers, key=lambda layer: layer.path)
     own = [layer for layer in layers if any(leaf.path in momenta for leaf in layer.leaves)]
+    for leaf in (leaf for layer in own for leaf in layer.leaves if leaf.path in momenta):
+        if (got := momenta[leaf.path].shape) != leaf.shape:
+            raise ValueError(
+                f"opt_state: the momentum of {leaf.path!r} has shape {got}, the layout wants "
+                f"{leaf.shape}: it is of another model, or of several (look under jax.vmap then)"
+            )
     found = list(places(own, state.factors))
     members = collections.Counter(name for _, name, _ in found)
     for index, (layer, name, place) in enumerate(found):

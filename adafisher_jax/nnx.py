@@ -130,11 +130,6 @@ def value_and_grad(
         @split_inputs
         def differentiated(model: Any, args: Any, kwargs: Any) -> Any:
             params, rest = _parts(model, wrt)
-            if not jax.tree.leaves(params):
-                raise ValueError(
-                    f"the model has no parameter of the layout, as {min(listed, default='')!r}: "
-                    "the layout was traced from another model"
-                )
 
             def loss(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
                 changed, result = merged(_whole(model, params, rest), args, kwargs)

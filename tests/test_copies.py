@@ -111,4 +111,4 @@ def test_a_kernel_made_of_copies_of_a_vector_is_uncovered(x):
 
     layout, factors = captured(loss_fn, jnp.ones(3), x)
     assert factors == {}
-    assert "rearrangement" in layout.uncovered[0].reason
+    assert "repeated" in layout.uncovered[0].reason

@@ -182,7 +182,7 @@ REFUSED = {
     "no layout": (lambda: step_with({}), (TypeError, "layout: got dict, wanted a Layout")),
     "another model's layout": (
         lambda: step_with(another_layout()),
-        (ValueError, "as 'one/bias'.*another model"),
+        (ValueError, "does not know the parameters 'down/bias'.*it has 'one/bias'"),
     ),
     "a wider model's layout": (lambda: step_with(wider()), (ValueError, "up/")),
     "an integer": (

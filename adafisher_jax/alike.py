@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adafisher_jax.layout import Layer
+from adafisher_jax.meshes import everywhere
 
 MOST = 2**23  # entries of all weights in a group: their steps are in memory at one time
 
@@ -114,12 +115,3 @@ def each(
     """
     parts = map(jnp.unstack, stacked)
     return tuple(function(*of_one) for of_one in zip(arrays, *parts, strict=True))
-
-
-def everywhere(x: jax.Array) -> jax.Array:
-    """An array that lies on explicit mesh axes (only these are in a type), whole on each device."""
-    sharding = jax.typeof(x).sharding
-    if not any(sharding.spec):
-        return x
-    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.sharding.reshard(x, whole)

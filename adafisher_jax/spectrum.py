@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.alike import everywhere, stack
+from adafisher_jax.alike import stack
 from adafisher_jax.layout import Layer
+from adafisher_jax.meshes import everywhere
 
 DIRECTIONS = 16
 STORED = jnp.bfloat16  # a point of departure is all that they are

@@ -11,7 +11,8 @@ import pytest
 
 import adafisher_jax as af
 from adafisher_jax import statistics
-from adafisher_jax.statistics import Convolution, Window
+from adafisher_jax.statistics import Convolution
+from adafisher_jax.windows import Window
 
 
 def windows(seed, many):

@@ -16,7 +16,8 @@ from jax.extend import core
 
 from adafisher_jax import statistics
 from adafisher_jax.capture.pieces import Axes
-from adafisher_jax.statistics import Contraction, Window
+from adafisher_jax.statistics import Contraction
+from adafisher_jax.windows import Window
 
 
 class Linear(NamedTuple):

@@ -16,8 +16,8 @@ from flax.linen.linear import canonicalize_padding
 
 from adafisher_jax import statistics
 from adafisher_jax.capture.found import COMPLEX
-from adafisher_jax.statistics import Window
 from adafisher_jax.tap import Use, mark
+from adafisher_jax.windows import Window
 
 
 class Reading(NamedTuple):

@@ -20,8 +20,8 @@ from adafisher_jax.statistics import (
     LocalConvolution,
     Lookup,
     Rearranged,
-    Window,
 )
+from adafisher_jax.windows import Window
 
 
 def _wide(x: jax.Array) -> jax.Array:

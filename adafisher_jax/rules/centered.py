@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from adafisher_jax import spectrum
-from adafisher_jax.alike import each, everywhere
+from adafisher_jax.alike import each
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Leaf
+from adafisher_jax.meshes import everywhere
 from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale, Vectors
 
 

@@ -99,7 +99,7 @@ def make_train(make_tx, look=lambda opt_state, **settings: {}):
 # The first two are trained with every pair of a rate and a damping, the others with every rate.
 
 # %%
-RATES = 10.0 ** np.arange(-3.5, 0.6, 0.5)
+RATES = 10.0 ** np.arange(-3.5, 0.1, 0.5)
 DAMPINGS = np.array([1e-3, 1e-2, 1e-1, 1.0])
 DEFAULTS = {rule: make_rule(rule).damping for rule in ("centered", "paper")}
 peaks, dampings = np.meshgrid(RATES, DAMPINGS)

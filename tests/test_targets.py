@@ -44,7 +44,7 @@ def test_a_benchmark_has_rows_profiles_and_times_and_goes_on_where_it_stopped(
     assert [row["optimizer"] for row in found] == ["nadamw", "adamw", "adafisher:centered"]
     assert all(row["held_back"] and row["step_ms"] > 0 for row in found)
     assert found[0]["train_steps"] is not None
-    assert {row["part"] for row in summary} == {"all", "held back"}
+    assert {row["over"].partition(",")[0] for row in summary} == {"all", "held back"}
     assert (tmp_path / "profiles.png").stat().st_size > 0
     monkeypatch.setattr(run, "run", lambda *_: pytest.fail("it was run already"))
     assert targets(*chosen) == [found, summary]

@@ -41,20 +41,22 @@ class Rival:
     measured: Callable[[Any, Any], Any] = lambda params, opt_state: params
 
 
-def rate(settings: Settings, steps: int, peak: str = "rate") -> Callable[[Any], Any]:
+def rate(settings: Settings, steps: int) -> Callable[[Any], Any]:
     """The schedule."""
     rising = settings["warm_up"] * steps
     falling = (settings["horizon"] - settings["warm_up"]) * steps
 
     def at(step):
         passed = jnp.clip((step - rising) / falling, 0, 1)
-        return _risen(settings, steps, peak)(step) * 0.5 * (1 + jnp.cos(math.pi * passed))
+        return _risen(settings, steps)(step) * 0.5 * (1 + jnp.cos(math.pi * passed))
 
     return at
 
 
-def _risen(settings, steps, peak="rate"):
-    return lambda step: settings[peak] * jnp.minimum(1, (step + 1) / (settings["warm_up"] * steps))
+def _risen(settings, steps):
+    return lambda step: (
+        settings["rate"] * jnp.minimum(1, (step + 1) / (settings["warm_up"] * steps))
+    )
 
 
 def known(name: str, **renamed: str) -> Callable[[Task, Settings, int], Optimizer]:

@@ -13,7 +13,7 @@ from benchmarks.targets.reach import LOSSES, REFERENCE
 from benchmarks.targets.rivals import CENTERED, RIVALS
 from benchmarks.targets.tasks import HELD_BACK, TASKS
 
-NEAR = 1.25  # of the fewest steps
+NEAR, MOST = 1.25, 4  # times the fewest steps
 AGAINST = REFERENCE, "muon", "soap", "nadamw_cut"
 IN_SECONDS = "adamw"
 Row = dict[str, Any]
@@ -92,7 +92,7 @@ def summary(found: Sequence[Row]) -> list[Row]:
         "held back": [row for row in found if row["held_back"]],
     }
     return [
-        {"name": f"{part}, {loss}, {name}", "part": part, "loss": loss, "optimizer": name}
+        {"name": f"{part}, {loss}, {name}", "over": f"{part}, {loss}", "optimizer": name}
         | _over_tasks(mine, loss, name)
         for part, mine in parts.items()
         if mine
@@ -115,26 +115,23 @@ def _over_tasks(found, loss, name):
         "reached": float(np.mean(reached)),
     }
     for other in AGAINST:
-        row[f"steps_to_{other}"] = _ratio(
-            [rows for rows in both if other in rows], loss, name, other
-        )
-    of_time = [rows for rows in both if IN_SECONDS in rows]
-    timed = all(rows[one].get("step_ms") for rows in of_time for one in (name, IN_SECONDS))
-    row[f"seconds_to_{IN_SECONDS}"] = (
-        _ratio(of_time, loss, name, IN_SECONDS, "step_ms") if timed else None
-    )
+        row[f"steps_to_{other}"] = _ratio(both, loss, name, other)
+    row[f"seconds_to_{IN_SECONDS}"] = _ratio(both, loss, name, IN_SECONDS, "step_ms")
     return row
 
 
-def _ratio(by_task, loss, name, other, times=None):
-    """The geometric mean of steps over those of another; never is twice the length of a run."""
+def _ratio(by_task, loss, name, other, cost=None):
+    """The geometric mean of steps over those of another; never is twice the length of a run.
 
-    def of(row):
-        return (row[f"{loss}_steps"] or 2 * row["budget"]) * (row[times] if times else 1)
-
-    if not by_task:
+    `cost`: the key of what a step costs. None where that is not known, or no task is common.
+    """
+    pairs = [[rows[name], rows[other]] for rows in by_task if other in rows]
+    costs = [[row.get(cost) if cost else 1 for row in pair] for pair in pairs]
+    if not pairs or not all(map(all, costs)):
         return None
-    return float(np.exp(np.mean([np.log(of(rows[name]) / of(rows[other])) for rows in by_task])))
+    steps = [[row[f"{loss}_steps"] or 2 * row["budget"] for row in pair] for pair in pairs]
+    mine, its = np.transpose(np.multiply(steps, costs))
+    return float(np.exp(np.mean(np.log(mine / its))))
 
 
 def beyond_best(found: Sequence[Row], loss: str) -> dict[str, list[float]]:
@@ -173,9 +170,6 @@ def profiles(figure: Any, found: Sequence[Row]) -> None:
         axes.set_xticks([1, NEAR, 2, 4], ["1", str(NEAR), "2", "4"])
         axes.set_xlim(1, MOST)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
-
-
-MOST = 4
 
 
 def place(row: Row) -> tuple[int, int]:

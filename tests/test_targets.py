@@ -53,11 +53,10 @@ def test_a_benchmark_has_rows_profiles_and_times_and_goes_on_where_it_stopped(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*rivals.RIVALS])
 def test_every_rival_learns(name):
-    losses = []
-    for one in search.trials("returns", name, Effort(trials=6, steps=60)):
-        curve = run.run(one, NOWHERE)["train"]
-        losses.append(reach.final(curve) / curve[0])
-    assert min(losses) < 0.9
+    with jax.numpy_rank_promotion("allow"):  # PSGD's package promotes
+        tried = search.trials("returns", name, Effort(trials=6, steps=60))
+        curves = [run.run(one, NOWHERE)["train"] for one in tried]
+    assert any(reach.final(curve) < 0.9 * curve[0] for curve in curves)
 
 
 def test_a_run_is_its_steps_in_a_loop_with_losses_of_the_fixed_examples():

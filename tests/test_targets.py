@@ -106,38 +106,39 @@ def test_a_run_that_diverges_reaches_nothing(end):
     assert reach.steps(curve, 2.0) == math.inf
 
 
-def test_a_target_is_the_end_of_the_worst_seed_of_the_best_setting_that_never_diverges():
-    effort = Effort(trials=3, seeds=3)
-    ends = {
-        0: [0.3, 0.5, 0.7, 0.6],
-        1: [0.2, 0.4, math.nan, 0.4],
-        2: [0.9, 0.1, 0.1, 0.1],
-    }
-    tried = search.trials("returns", reach.REFERENCE, effort)
+ENDS = {  # of the reference's settings, on the tuning seed and three fresh ones
+    0: [0.3, 0.5, 0.7, 0.6],
+    1: [0.2, 0.4, math.nan, 0.45],
+    2: [0.9, 0.1, 0.1, 0.1],
+}
+SHORT = Effort(trials=3, seeds=3)
+
+
+def test_a_target_is_the_median_end_of_the_best_setting_on_fresh_seeds():
+    tried = search.trials("returns", reach.REFERENCE, SHORT)
 
     def curves(one):
         (number,) = (i for i, trial in enumerate(tried) if trial.options == one.options)
-        return {"train": [1.0] * 3 + [ends[number][one.seed]] * 3, "held_out": [2.0] * 6}
+        return {"train": [1.0] * 3 + [ENDS[number][one.seed]] * 3, "held_out": [2.0] * 6}
 
-    assert reach.target("returns", "train", curves, effort) == pytest.approx(0.7)
-    assert reach.target("returns", "held_out", curves, effort) == 2.0
+    assert reach.target("returns", "train", curves, SHORT) == pytest.approx(0.45)
+    assert reach.target("returns", "held_out", curves, SHORT) == 2.0
 
 
-def test_the_setting_is_that_of_the_fewest_steps_and_then_of_the_lowest_end():
-    slow, fast, lower, never = ("slow", "fast", "lower", "never")
-    found = {
-        slow: [9, 9, 9, 9, 0, 0, 0],
-        fast: [9, 0, 0, 0, 5, 5, 5],
-        lower: [9, 0, 0, 0, 4, 4, 4],
-        never: [9, 8, 8, 8, 8, 8, 8],
-    }
+SOON, LATE, NEVER = [9.0, 0, 0, 0, 4, 4, 4], [9.0, 9, 9, 9, 1, 1, 1], [9.0, 8, 8, 8, 8, 8, 8]
 
-    def best(*names):
-        return reach.chosen(names, "train", lambda name: {"train": found[name]}, 3.0)
 
-    assert best(slow, fast, lower, never) == lower
-    assert best(never, slow) == slow
-    assert reach.chosen([fast, lower], "train", lambda name: {"train": found[name]}, -1) == lower
+@pytest.mark.parametrize(("fresh", "best"), [([SOON, NEVER, SOON], 0), ([NEVER, SOON, NEVER], 1)])
+def test_the_better_of_the_fastest_setting_and_the_lowest_is_chosen(fresh, best):
+    """On fresh seeds; the first setting is the fastest on the tuning seed, the second ends lowest."""
+    found = {0: [SOON, *fresh], 1: [LATE] * 4, 2: [NEVER, SOON, SOON, SOON]}
+    tried = search.trials("returns", "muon", SHORT)
+
+    def curves(one):
+        (number,) = (i for i, trial in enumerate(tried) if trial.options == one.options)
+        return {"train": found[number][one.seed]}
+
+    assert reach.chosen(tried, "train", curves, 3.0, SHORT) == tried[best]
 
 
 def test_every_rival_has_as_many_settings_each_within_its_space():

@@ -11,11 +11,12 @@ The rule, written down first:
     averaged over the last three measurements. A run whose loss at its end is not finite, or above
     where it began, has diverged, and reached nothing.
 3.  A task has a target in training and one in held-out loss. NAdamW's setting with the lowest such
-    loss at the end of its run is run on fresh seeds (the next best if a seed diverges). The target
-    is the loss at which the worst of them ends, so that NAdamW reaches it on every seed.
-4.  For each target an optimizer's setting is that which reaches it in the fewest steps, or if none
-    does, or several at once, that of the lowest loss at its end. It is run on the same fresh seeds,
-    and the median of its steps to the target counts. It is never if most seeds never reach it.
+    loss at the end of its run is run on three fresh seeds. The target is the median of their losses
+    at the end, so that two of three reach it.
+4.  For each target two settings of an optimizer are run on the same fresh seeds: that which reached
+    the target in the fewest steps, and that of the lowest loss at its end. The median of the steps
+    to the target counts, of the setting with the lower one. It is never if most seeds never reach
+    the target. So NAdamW always does.
 5.  Seconds are steps times the time of a step, which is measured apart, all optimizers in turn.
 6.  In geometric means of ratios, never counts as twice the length of a run.
 7.  One optimizer is better than another if the geometric mean over tasks of its steps (or

@@ -1,6 +1,7 @@
 """When a run reaches a target, and what the targets are."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -35,23 +36,24 @@ def steps(curve: Sequence[float], target: float) -> float:
 
 
 def target(task: str, loss: str, curves: Curves, effort: search.Effort) -> float:
-    """The loss at which the worst of the fresh runs of the reference's best setting ends.
-
-    Settings of which a fresh run diverges are passed over.
-    """
+    """The median loss at the end of the fresh runs of the reference's best setting."""
     tried = search.trials(task, REFERENCE, effort)
-    for one in sorted(tried, key=lambda one: final(curves(one)[loss])):
-        worst = max(final(curves(seed)[loss]) for seed in search.fresh(one, effort))
-        if math.isfinite(worst):
-            return worst
-    raise ValueError(f"{task}: every setting of {REFERENCE} diverges")
+    best = min(tried, key=lambda one: final(curves(one)[loss]))
+    return statistics.median(final(curves(seed)[loss]) for seed in search.fresh(best, effort))
 
 
-def chosen(tried: Iterable[Trial], loss: str, curves: Curves, target: float) -> Trial:
-    """The setting that reaches the target first; of several or none, that with the lowest end."""
+def chosen(
+    tried: Iterable[Trial], loss: str, curves: Curves, target: float, effort: search.Effort
+) -> Trial:
+    """Of the setting that reaches the target first and that of the lowest end, the better one.
 
-    def key(one):
-        curve = curves(one)[loss]
-        return steps(curve, target), final(curve)
+    They are compared by the medians of their fresh runs, first those of steps to the target.
+    """
 
-    return min(tried, key=key)
+    def ends(*trials):
+        found = [curves(one)[loss] for one in trials]
+        to_target = statistics.median(steps(curve, target) for curve in found)
+        return to_target, statistics.median(map(final, found))
+
+    candidates = {min(tried, key=ends), min(tried, key=lambda one: final(curves(one)[loss]))}
+    return min(candidates, key=lambda one: ends(*search.fresh(one, effort)))

@@ -37,7 +37,7 @@ def _row(task, optimizer, targets, curves, effort):
         "budget": tried[0].steps,
     }
     for loss, target in targets.items():
-        best = reach.chosen(tried, loss, curves, target)
+        best = reach.chosen(tried, loss, curves, target, effort)
         fresh = [curves(one)[loss] for one in search.fresh(best, effort)]
         steps = [reach.steps(curve, target) for curve in fresh]
         tuning = [curves(one)[loss] for one in tried]

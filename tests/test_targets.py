@@ -130,7 +130,7 @@ SOON, LATE, NEVER = [9.0, 0, 0, 0, 4, 4, 4], [9.0, 9, 9, 9, 1, 1, 1], [9.0, 8, 8
 
 @pytest.mark.parametrize(("fresh", "best"), [([SOON, NEVER, SOON], 0), ([NEVER, SOON, NEVER], 1)])
 def test_the_better_of_the_fastest_setting_and_the_lowest_is_chosen(fresh, best):
-    """On fresh seeds; the first setting is the fastest on the tuning seed, the second ends lowest."""
+    """On fresh seeds; the first setting is the fastest on seed 0, the second ends lowest."""
     found = {0: [SOON, *fresh], 1: [LATE] * 4, 2: [NEVER, SOON, SOON, SOON]}
     tried = search.trials("returns", "muon", SHORT)
 

@@ -129,6 +129,20 @@ def print_table(records):
         )
 
 
+def conclusion(records, test_size):
+    """What the table shows, in a sentence."""
+    losses = {name: record.train_loss[:, -1].mean() for (name, _), record in records.items()}
+    first, second = sorted(losses, key=losses.get)[:2]
+    accuracies = [record.test_accuracy[:, -1].mean() for record in records.values()]
+    mean = np.mean(accuracies)
+    error = np.sqrt(mean * (1 - mean) / test_size)
+    return (
+        f"{first} ends with the lowest training loss, {losses[first] / losses[second]:.2f} times"
+        f" that of {second}; test accuracies differ by up to {np.ptp(accuracies):.3f}, and one"
+        f" standard error is {error:.3f}."
+    )
+
+
 def write_json(records, path):
     """The table, with what it was made on."""
     versions = {package.__name__: package.__version__ for package in (jax, flax, optax)}
@@ -189,7 +203,8 @@ def main():
         write_json(records, arguments.json)
     print(f"curves in {arguments.out}")
     recommended = records[RECOMMENDED, OPTIMIZERS[RECOMMENDED][1]]
-    print(f"test accuracy {recommended.test_accuracy[:, -1].mean():.3f}")
+    print(f"{RECOMMENDED}: test accuracy {recommended.test_accuracy[:, -1].mean():.3f}")
+    print(conclusion(records, len(test[0])))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def compare(entrants, layout, train, test):
     train_steps = {entrant: make_train_step(tx, layout) for entrant, tx in txs.items()}
 
     curves, seconds = defaultdict(list), defaultdict(list)
-    with tqdm(total=SEEDS * STEPS, desc="training", unit="step", mininterval=1) as progress:
+    with tqdm(
+        total=SEEDS * STEPS, desc="training (step 1 compiles)", unit="step", mininterval=1
+    ) as progress:
         for seed in range(SEEDS):
             batches = np.random.default_rng(seed)
             params = CNN().init(jax.random.key(seed), train[0][:1])["params"]

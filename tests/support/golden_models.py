@@ -1,8 +1,7 @@
-"""The recorded models of `../shared/golden`, rebuilt with Flax, and their parameters."""
+"""The models of the recorded trajectories, rebuilt with Flax, and their parameters."""
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 
@@ -88,9 +87,7 @@ def batch(archive, step):
 
 
 def make_loss(archive):
-    model = Model(
-        {key: archive[key] for key in archive.files if key.startswith(("layer", "config"))}
-    )
+    model = Model({key: archive[key] for key in archive if key.startswith(("layer", "config"))})
 
     def loss_fn(params, x, y):
         out, _ = model.apply({"params": params}, x, mutable=["batch_stats"])
@@ -99,7 +96,3 @@ def make_loss(archive):
         return jnp.mean(jnp.square(out - y))
 
     return loss_fn
-
-
-def load(folder, case):
-    return np.load(folder / f"{case}.npz")

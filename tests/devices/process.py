@@ -1,4 +1,4 @@
-"""One of several processes that train together: every plan equals one device.
+"""One of several processes that train together: every plan and rule equals one device.
 
     python -m tests.devices.process <index> <processes> <port>
 
@@ -19,13 +19,16 @@ def main(index, processes, port):
     jax.distributed.initialize(f"localhost:{port}", processes, index)
     assert jax.device_count() == 8
     assert jax.local_device_count() == 8 // processes
-    task, expected = make_task("perceptron"), on_one_device("perceptron", "float64", "centered")
-    for plan in PLANS.values():
+    task = make_task("perceptron")
+    runs = [("centered", plan) for plan in PLANS]
+    runs += [(rule, "tensor parallel") for rule in ("paper", "official")]
+    for rule, name in runs:
+        plan, expected = PLANS[name], on_one_device("perceptron", "float64", rule)
         mesh = make_mesh(plan)
-        run = train_pinned(task, "centered", mesh, place(plan, mesh, task.params))
+        run = train_pinned(task, rule, mesh, place(plan, mesh, task.params))
         assert_close(multihost_utils.process_allgather(run, tiled=True), expected, 1e-9)
         assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(run))
-    print("equal", len(PLANS))
+    print("equal", len(runs))
 
 
 if __name__ == "__main__":

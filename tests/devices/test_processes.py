@@ -36,16 +36,20 @@ def finish(*processes):
     return printed
 
 
-def run_tests(name):
-    options = ("-n", "0", "-q", "-p", "no:cacheprovider", "-m", "")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "marked"),
+    [
+        ("mapped", ["-m", ""]),
+        ("sharded", ["-m", "not slow"]),
+        *(("sharded", ["-m", "slow", "--slow-share", f"{i}/4"]) for i in range(1, 5)),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one[-1],
+)
+def test_on_eight_devices(name, marked):
+    options = ("-n", "0", "-q", "-p", "no:cacheprovider", *marked)
     (printed,) = finish(start("-m", "pytest", *options, f"tests/devices/{name}.py"))
     assert " passed" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sharded", "mapped"])
-def test_on_eight_devices(name):
-    run_tests(name)
 
 
 def test_on_two_processes_of_four_devices():
@@ -54,7 +58,7 @@ def test_on_two_processes_of_four_devices():
         port = free.getsockname()[1]
     command = ("-m", "tests.devices.process")
     printed = finish(*(start(*command, index, 2, port, devices=4) for index in range(2)))
-    assert all("equal 3" in text for text in printed)
+    assert all("equal 5" in text for text in printed)
 
 
 @pytest.mark.slow

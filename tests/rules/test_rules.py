@@ -102,7 +102,7 @@ class Reading:
         return self.divide(m_w, m_b, f)
 
     def official(self, m_w, m_b, g_w, g_b, factor):
-        """golden/README.md, "From factors to the step, released code", steps 1 to 3."""
+        """The released code's arithmetic, as docs/algorithm.md has it."""
         if factor:
             if not self.refreshes:
                 self.h = self.s = 1.0

@@ -163,7 +163,7 @@ def einsum_letters(call: Call) -> list[str]:
 
 
 def norm_sums(call: Call) -> Factor:
-    """The formulas of `../shared/golden/README.md`, weighted by the number of positions."""
+    """As docs/algorithm.md has normalization layers, weighted by the number of positions."""
     module, x, g = call.module, call.x, call.g
     axes = module.axis if isinstance(module, nn.BatchNorm) else getattr(module, "feature_axes", -1)
     channels = tuple(sorted(a % x.ndim for a in np.atleast_1d(axes)))

@@ -181,5 +181,6 @@ def plot(figure, rows):
     bars = axes.barh([row["name"] for row in rows], [row["of_parameters"] for row in rows])
     axes.bar_label(bars, fmt="%.3g", fontsize=8)
     axes.set(xscale="log", title="bytes exchanged, relative to those of the parameters")
+    axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.tick_params(labelsize=8)

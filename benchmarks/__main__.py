@@ -17,7 +17,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import ladder, report
+from benchmarks import ladder, pages, report
 from benchmarks.study import command as study_command
 from benchmarks.targets import command as targets_command
 
@@ -67,11 +67,14 @@ def main():
     ladder.add_arguments(commands.add_parser("ladder", help=text, description=text))
     text = "how soon optimizers reach targets that a tuned NAdamW sets"
     targets_command.add_arguments(commands.add_parser("targets", help=text, description=text))
+    text = "writes the tables of the documentation's pages, from what is stored"
+    commands.add_parser("tables", help=text, description=text)
     arguments = parser.parse_args()
     apart = {
         "study": study_command.main,
         "ladder": ladder.main,
         "targets": targets_command.main,
+        "tables": pages.main,
     }
     if arguments.suite in apart:
         apart[arguments.suite](arguments)

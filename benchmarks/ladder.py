@@ -18,7 +18,7 @@ OUT = pathlib.Path(__file__).with_name("results") / "ladder"
 RECOMMENDED = 3e-2
 OURS = "adafisher:centered"
 DEFAULT = ["adamw:0.99", "muon", OURS]
-COLUMNS = "best_rate best_loss at_recommended lost held_out_loss seeds".split()
+COLUMNS = "name best_rate best_loss at_recommended lost held_out_loss seeds".split()
 
 
 def add_arguments(parser):

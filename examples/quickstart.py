@@ -22,6 +22,7 @@ import optax
 from flax import linen as nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tabulate import tabulate
 from tqdm import tqdm
 
 import adafisher_jax as af
@@ -122,13 +123,18 @@ def compare(entrants, layout, train, test):
 
 
 def print_table(records):
-    print(f"{'optimizer':<20} peak lr  train loss  test accuracy  ms/step  state bytes")
-    for (name, rate), record in records.items():
-        train_loss, test_accuracy = record.train_loss[:, -1].mean(), record.test_accuracy[:, -1]
-        print(
-            f"{name:<20} {rate:7g}  {train_loss:10.2e}  {test_accuracy.mean():13.3f}"
-            f"  {record.step_ms:7.2f}  {record.state_bytes:11,}"
+    headings = "optimizer", "peak rate", "training loss", "test accuracy", "ms/step", "state bytes"
+    rows = [
+        (
+            name,
+            rate,
+            record.train_loss[:, -1].mean(),
+            record.test_accuracy[:, -1].mean(),
+            *record[2:],
         )
+        for (name, rate), record in records.items()
+    ]
+    print(tabulate(rows, headings, intfmt=",", floatfmt=("", "g", ".2e", ".3f", ".2f")))
 
 
 def conclusion(records, test_size):

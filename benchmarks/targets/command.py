@@ -19,9 +19,9 @@ OUT = pathlib.Path(__file__).parents[1] / "results" / "targets"
 PARTS = {"open": [*OPEN], "held_back": [*HELD_BACK], "all": [*TASKS]}
 QUICK = search.Effort(trials=3, seeds=2, steps=20)
 ROUNDS = 10
-COLUMNS = ["train_steps", "train_seconds", "held_out_steps", "held_out_seconds", "step_ms"]
+COLUMNS = ["name", "train_steps", "train_seconds", "held_out_steps", "held_out_seconds", "step_ms"]
 OVER_TASKS = [
-    *("tasks", "first", "near", "reached"),
+    *("name", "tasks", "first", "near", "reached"),
     *(f"steps_to_{other}" for other in tables.AGAINST),
     f"seconds_to_{tables.IN_SECONDS}",
 ]

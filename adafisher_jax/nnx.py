@@ -72,7 +72,7 @@ def trace_layout(
         whole = _whole(model, params, rest)
         model_again, args, kwargs = extract.from_tree((whole, args, kwargs))
         result = explained(model_again, *args, **kwargs)
-        return jax.tree.leaves(result)[:1]  # the loss: what else there is may be no pytree
+        return jax.tree.leaves(result)[:1]  # the loss; the other results may be no pytree
 
     layout = capture.trace_layout(loss, params, (rest, args, kwargs), {})
     left_out, _ = by_path(nnx.split_state(rest, nnx.Param, ...)[0])

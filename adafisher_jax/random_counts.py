@@ -84,5 +84,5 @@ def _results(eqn: core.JaxprEqn, operands: Levels, folds: list[Levels]) -> Level
             return run(operands, folds)
     loop = slice(fixed, fixed + carried)
     while (after := list(map(max, inputs[loop], run(inputs, [])))) != inputs[loop]:
-        inputs[loop] = after  # what a step changes is behind the next one
+        inputs[loop] = after  # the next step depends on what a step changes
     return run(inputs, folds)

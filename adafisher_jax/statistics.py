@@ -177,7 +177,7 @@ class Convolution:
         return ("out0",)
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if not self.windows:  # then there is one position
+        if not self.windows:  # a window without axes has one position
             point = dataclasses.replace(self, windows=(Window(1, 1, 1),))
             return jax.tree.map(lambda found: found[0], point.of_inputs(x[..., None, :]))
         *others, last = self.windows
@@ -361,7 +361,7 @@ class Lookup:
         if self.component is None and self.size == 1:
             return jnp.zeros(x.shape, jnp.int32)
         x = x if self.component is None else x[..., self.component]
-        x = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x  # as bytes, it might not hold `size`
+        x = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x  # one byte may not hold `size`
         if self.clips:
             return jnp.clip(x, 0, self.size - 1)
         if self.component is None:

@@ -260,7 +260,7 @@ def _tangent_transpose(
 def _where_due(fun: Callable[..., Any], *args: jax.Array, due: Sequence[jax.Array]) -> Any:
     """Returns `fun(*args)`; if `due` is given and false, zeros, without computing anything."""
 
-    def zeros(*args: jax.Array) -> Any:  # what `fun` computes here gives types, and is dropped
+    def zeros(*args: jax.Array) -> Any:  # calls `fun` for the types of its results
         return jax.tree.map(lambda found: jax.lax.full_like(found, 0), fun(*args))
 
     return jax.lax.cond(due[0], fun, zeros, *args) if due else fun(*args)

@@ -60,7 +60,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
 
     def program(first: Any) -> list[Any]:
         nonlocal outputs
-        args, kwargs = rest.unflatten(leaves)  # here, so that what is mutable is made in this trace
+        args, kwargs = rest.unflatten(leaves)  # here, so that mutable objects are of this trace
         found, treedef = jax.tree.flatten(loss_fn(first, *args, **kwargs))
         traced = [isinstance(leaf, jax.core.Tracer) for leaf in found]
         untraced = [None if t else (leaf,) for leaf, t in zip(found, traced, strict=True)]
@@ -70,7 +70,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
     parameters, _ = by_path(first)
     check_floating(parameters)
     named, _ = jax.tree_util.tree_flatten_with_path(first)
-    with watching(), jax.disable_jit(False):  # where loops are unrolled, slices have no layer
+    with watching(), jax.disable_jit(False):  # an unrolled loop would hide the layers of slices
         traced = jax.make_jaxpr(program)(first)
     treedef, untraced = outputs
 
@@ -80,7 +80,9 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
 
     outs = traced.jaxpr.outvars
     scalar = untraced[0] is None and not outs[0].aval.shape if untraced else False
-    counts = [not scalar or i == 0 for i in range(len(outs))]  # beside the loss, outputs are none
+    counts = [
+        not scalar or i == 0 for i in range(len(outs))
+    ]  # only the loss counts
     uses = read_uses(find_uses(traced, len(named)), places_reached(traced, counts), named)
     return _Traced(traced, uses, result)
 
@@ -153,7 +155,7 @@ def probes_of(layout: Layout, first: Any, form: Form = DIAGONAL) -> dict[str, Fa
 def _due(probe: Factor, when: Any) -> Factor:
     """Returns the probe with `rows` of 1 where statistics are not wanted, which its tap reads."""
     rows = jnp.where(when, probe.rows, 1)
-    # In a `shard_map` it is all parts or none that differ between devices, or are summed over them.
+    # In a `shard_map` the parts of a probe must differ between devices all together or not at all.
     return Factor(*(vary_like(part, rows) for part in probe._replace(rows=rows)))
 
 

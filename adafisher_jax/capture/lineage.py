@@ -139,13 +139,13 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
                     if x and x.is_parameter
                 ]
         for var, one in zip(eqn.outvars, outputs, strict=True):
-            # What is no floating-point number, as a mask made from a parameter, is data.
+            # An array that is not floating-point, as a mask made from a parameter, is data.
             aval: Any = var.aval
             if hasattr(aval, "dtype") and not jnp.issubdtype(aval.dtype, jnp.inexact):
                 one = None
             elif one and not one.lost and len(one.axes) != len(aval.shape):
                 one = computed_from([one], COMPUTED)
-            elif one and reads[var] > 1:  # what is added to it is not added to all uses of it
+            elif one and reads[var] > 1:  # a bias would be added to one of several uses
                 (one,) = settled([one])
             origins[var] = one
     return [origin(atom) for atom in jaxpr.outvars]

@@ -78,7 +78,7 @@ def insert_probes(
     """
     avals = {
         Carrier(source, ()): [jax.typeof(part) for part in probe]
-        for source, probe in sorted(probes.items())  # as jax.tree orders them
+        for source, probe in sorted(probes.items())  # in the order of jax.tree
     }
     threaded = _Threading(completions, statistic, conditional).program(program.jaxpr, (), avals)
     return core.jaxpr_as_fun(program.replace(jaxpr=threaded))
@@ -194,11 +194,10 @@ def _completed(eqn: core.JaxprEqn, completion: Completion, probe: Vars) -> core.
     """Returns the tap that a mark becomes."""
     _, axes, parameter, _ = completion
     inputs = 1 + eqn.params["inputs"]
-    before = (
-        inputs + eqn.params["parameters"]
-    )  # what follows is the spent probe of a capture inside
+    # Operands after `before` are the used probe of a capture inside this one.
+    before = inputs + eqn.params["parameters"]
     levels = []
-    for level in reversed(eqn.params["levels"]):  # outermost first, as the axes go
+    for level in reversed(eqn.params["levels"]):  # outermost first
         dim, taken = level[inputs + parameter], None
         if dim is not None:
             if not repeated(axes[dim]):

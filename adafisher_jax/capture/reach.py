@@ -48,7 +48,7 @@ def _reach_bodies(
     if eqn.primitive.name == "scan":
         consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         (body,) = bodies(eqn)
-        while True:  # what a step reads of the carry, the step before must write
+        while True:  # the carry that a step reads is written by the step before
             ins = _reach(body, outs, place, reached)
             more = [a or b for a, b in zip(outs, ins[consts : consts + carries], strict=False)]
             if more == outs[:carries]:

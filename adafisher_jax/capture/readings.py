@@ -177,7 +177,7 @@ def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
     ):
         reach = (k - 1) * dilation + 1
         match padding:
-            case "CIRCULAR":  # the dilated input is read around
+            case "CIRCULAR":  # reads wrap around the dilated input
                 margin = (0, -(-(reach - 1) // stride))
                 windows.append(
                     Window(k, n, m, 1, 0, stride, dilation, margin, "wrap", module.transpose_kernel)
@@ -191,7 +191,7 @@ def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
                 low = int(padding[axis][0])
         windows.append(Window(k, n, m, 1, low, stride, dilation, flip=module.transpose_kernel))
     statistic: Any = statistics.Convolution(tuple(windows))
-    if module.transpose_kernel:  # then it is (*window, out, in)
+    if module.transpose_kernel:  # the kernel is (*window, out, in)
         order = (*range(rank), rank + 1, rank)
         statistic = statistics.Rearranged(statistic, None, order, None)
     return Reading("conv", statistic, x)

@@ -205,7 +205,7 @@ class _Reader:
         if origin is None or not isinstance(origin.source, int):
             return None
         if origin.frozen and (origin.mixed or origin.lost):
-            return None  # an averaged teacher, say: no gradient reaches the parameter
+            return None  # as an averaged teacher: no gradient reaches the parameter
         keys, array = self.named[origin.source]
         problem = mark.use.problem or origin.lost or _closed(mark.inside)
         if not problem and origin.repeated:
@@ -239,13 +239,13 @@ class _Reader:
                 self._refuse(found, "shares its bias with another layer")
                 continue
             covered[position] = layer
-            # Behind stop_gradient a layer counts only where it is not used live too, and nothing
-            # is captured in a loop that cannot be differentiated backwards.
+            # Uses behind stop_gradient count only if there are no others. Nothing is captured in a
+            # loop through which no gradient passes.
             live = [f for f in found if not f.origin.frozen] or found
             completions |= {f.place: f.completion for f in live if f.ends}
         holders = collections.Counter(layer.path for layer in covered.values())
         for position, layer in covered.items():
-            if holders[layer.path] > 1:  # several layers in one module: each by its own weight
+            if holders[layer.path] > 1:  # several layers in one module: the path is the weight's
                 covered[position] = dataclasses.replace(layer, path=layer.leaves[0].path)
         layers = {layer.path: layer for layer in covered.values()}
         sources = {layer.leaves[0].path: position for position, layer in covered.items()}
@@ -277,7 +277,7 @@ def _closed(inside: tuple[str, ...]) -> str:
     A `while` loop is no reason: no gradient passes through it, so its uses need no probe.
     """
     for name in inside:
-        if name == RECOMPUTED:  # one call is two, and each has a share of its cotangent
+        if name == RECOMPUTED:  # the call runs twice, and each run has a part of its cotangent
             return "computed again by jax.checkpoint for a gradient inside the loss"
         if name.startswith("custom_"):
             return "used inside a function with its own derivative rule"
@@ -357,7 +357,7 @@ def _source_axes(inner: Axes, origin: Origin, rank: int, apart: int = 1) -> Axes
         roles[s.axis] = {"stack"}
     if any(len(found) > 1 for found in roles.values()):
         return None
-    # An axis of size one that a reshape took away is of outputs as well as of anything.
+    # An axis of length one that a reshape removed may have any role; it counts as an output axis.
     found = numbered([next(iter(roles[i]), "out") for i in range(rank)])
     stacks = {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
     return tuple(stacks.get(i, name) for i, name in enumerate(found))

@@ -135,7 +135,7 @@ def eigenvalues(
         if values[0] > 0:
             above = values[values > n * np.finfo(values.dtype).eps * values[0]]
             floor = min(floor, above[-1])
-    average = np.mean(values)  # which noise beside the diagonal leaves as it is
+    average = np.mean(values)  # noise beside the diagonal does not change it
     if average > 0:
         axes.set_yscale("log", nonpositive="mask")
         axes.set_ylim(bottom=floor / 2)

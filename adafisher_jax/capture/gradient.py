@@ -80,9 +80,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
 
     outs = traced.jaxpr.outvars
     scalar = untraced[0] is None and not outs[0].aval.shape if untraced else False
-    counts = [
-        not scalar or i == 0 for i in range(len(outs))
-    ]  # only the loss counts
+    counts = [not scalar or i == 0 for i in range(len(outs))]  # only the loss counts
     uses = read_uses(find_uses(traced, len(named)), places_reached(traced, counts), named)
     return _Traced(traced, uses, result)
 

@@ -1,1 +1,1 @@
-"""Programs that use adafisher_jax: `quickstart.py`, `many_devices.py` and whole training runs."""
+"""Programs that use adafisher_jax: `quickstart.py`, `many_devices.py`, training programs."""

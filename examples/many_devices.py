@@ -3,8 +3,8 @@
     python examples/many_devices.py                 # one process with 8 virtual CPU devices
     python examples/many_devices.py --processes 2   # two processes with 4 each, on this machine
 
-Batches are split over the mesh axis `data`, parameters over the axis `model`. A cluster runs the
-same `train`: one process on each machine, each calling `jax.distributed.initialize()` first.
+Batches are split over the mesh axis `data`, parameters over the mesh axis `model`. On a cluster,
+run `train` in one process on each machine, after `jax.distributed.initialize()`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def train(mesh, batches):
     """The loss at each step, and the optimizer's state after the last."""
 
     def place(leaf, *spec):
-        """Each process reads the part of an array that belongs to its own devices."""
+        """Places an array; each process reads only the part for its own devices."""
         leaf, sharding = np.asarray(leaf), NamedSharding(mesh, P(*spec))
         return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
 
@@ -70,7 +70,7 @@ def train(mesh, batches):
 
 
 def compare():
-    """Train on all devices and on one, and print both."""
+    """Trains on all devices and on one, and prints the difference."""
     batches, names = make_batches(), ("data", "model")
     axes = (AxisType.Auto,) * 2
     everything = jax.make_mesh((DEVICES // 2, 2), names, axes)
@@ -91,7 +91,7 @@ def compare():
 
 
 def launch(processes):
-    """Start this script once for each process."""
+    """Starts this script once for each process."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

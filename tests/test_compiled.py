@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 import adafisher_jax as af
 from adafisher_jax import alike
+from adafisher_jax.rules import centered
 
 RULES = ["paper", "official", "centered"]
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\S+?\[[\d,]*\])\S* ([a-z-]+)\(", re.M)
@@ -110,6 +112,25 @@ def test_groups_take_their_steps_one_after_another(monkeypatch):
         return program.memory_analysis().temp_size_in_bytes
 
     assert temp(8) < temp(4) + 0.5 * 4 * 256 * 256
+
+
+def test_a_cpu_steps_a_group_a_few_layers_at_a_time(monkeypatch):
+    """Its memory is then that of these few layers, and the steps are the same."""
+    model = nn.Sequential([nn.Dense(256) for _ in range(8)])
+    _, params, layout = problem(model, jnp.ones((8, 256)))
+    tx = af.adafisherw(1e-3, layout, rule="centered")
+    grads = jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape) / x.size, params)
+    ones = jax.tree.map(jnp.ones_like, no_factors(layout))
+    found = []
+    for at_once in (2 * 256 * 256, 8 * 256 * 256):
+        monkeypatch.setattr(centered, "AT_ONCE", at_once)
+        jax.clear_caches()
+        program = compile_update(tx, params, ones)
+        temp = program.memory_analysis().temp_size_in_bytes
+        found.append((temp, tx.update(grads, tx.init(params), params, factors=ones)))
+    (few, one), (all_, other) = found
+    assert few < 0.6 * all_
+    chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-9)
 
 
 def grads_programs(model, x):

@@ -1,1 +1,1 @@
-"""Image classifiers: the models, data and training program of the paper's experiments."""
+"""The models, the data and the training program of the paper's image experiments."""

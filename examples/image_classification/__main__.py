@@ -16,23 +16,25 @@ from examples.training.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSettings(Settings):
-    """The defaults are the paper's: its weight decay depends on the kind of model."""
+    """The settings. The defaults, such as weight decay by kind of model, are the paper's."""
 
     data: str = setting(
         "digits", "digits, a folder, an .npz file or a name on the Hugging Face hub"
     )
     model: str = setting("cct-2-3x2", "the architecture", models.NAMES)
-    image_size: int | None = setting(None, "of images in files (default: 64 of 64x64, else 224)")
-    dtype: str = setting(
-        "float32", "of the arithmetic; parameters are float32", ("float32", "bfloat16")
+    image_size: int | None = setting(
+        None, "side of images from files (default: 64 if they are 64x64, else 224)"
     )
-    cutout: int = setting(16, "side of the square cut out, at most half the image's; 0 for none")
-    weights: str = setting("", "a file to start from, .npz or .safetensors")
+    dtype: str = setting(
+        "float32", "type of the arithmetic; parameters are float32", ("float32", "bfloat16")
+    )
+    cutout: int = setting(16, "side of the cutout square, at most half the image's; 0 for none")
+    weights: str = setting("", "a file with initial weights, .npz or .safetensors")
     l2: float | None = setting(
-        None, "weight decay as part of the loss (default: 0.0005, of transformers 0)"
+        None, "weight decay in the loss (default: 0.0005, for transformers 0)"
     )
     weight_decay: float | None = setting(
-        None, "weight decay apart from the loss (default: 0, of transformers 0.01)"
+        None, "decoupled weight decay (default: 0, for transformers 0.01)"
     )
     batch: int = setting(256, "examples in a batch")
 
@@ -44,7 +46,7 @@ class ImageSettings(Settings):
                 object.__setattr__(self, name, default)  # the dataclass is frozen
 
     def task(self):
-        """What is to be trained."""
+        """The task that the settings describe."""
         data = formats.read(self.data)
         side = self._side(data)
         loader = Loader(data, side, self.batch, self.seed, min(self.cutout, side // 2))

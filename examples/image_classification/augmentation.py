@@ -1,7 +1,7 @@
 """Random changes to training images that keep their class.
 
-Images of any size, uint8 (height, width, channels), are made squares one by one. All else is done
-to a batch of squares, (examples, side, side, channels).
+`random_resized_crop` and `centre_crop` make a square of one uint8 image, (height, width, channels).
+The other functions take a batch of squares, (examples, side, side, channels).
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def random_resized_crop(image, rng, side):
-    """A rectangle of 8 to 100 % of the area and of 3:4 to 4:3 in shape, scaled to a square."""
+    """Crops a rectangle of 8 to 100 % of the area, in shape 3:4 to 4:3; scales it to a square."""
     height, width = image.shape[:2]
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1)
@@ -18,11 +18,11 @@ def random_resized_crop(image, rng, side):
         if crop_width <= width and crop_height <= height:
             left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
             return _scale(image, side, (left, top, left + crop_width, top + crop_height))
-    return centre_crop(image, side)  # of an image so long that nothing fitted
+    return centre_crop(image, side)  # no crop fits into a very long image
 
 
 def centre_crop(image, side):
-    """The middle square, without a margin of 1/16 on each side; as it is if it has that size."""
+    """Crops 7/8 of the shorter side from the centre, unless the image has the right size."""
     height, width = image.shape[:2]
     if height == width == side:
         return image
@@ -36,7 +36,7 @@ def _scale(image, side, box):
 
 
 def random_crop(images, rng, padding):
-    """Shifts each image by up to `padding` pixels; black comes in."""
+    """Shifts each image by up to `padding` pixels, and fills the rest with black."""
     side = images.shape[1]
     padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = rng.integers(0, 2 * padding + 1, (len(images), 2))
@@ -45,7 +45,7 @@ def random_crop(images, rng, padding):
 
 
 def random_flip(images, rng):
-    """Mirrors every other image, as chance has it."""
+    """Mirrors each image with probability 1/2."""
     mirrored = rng.random(len(images)) < 0.5
     return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
@@ -58,7 +58,7 @@ def normalize(images, mean, std):
 def cutout(images, rng, length):
     """Puts zeros in a square of each image (DeVries and Taylor, 2017, arXiv:1708.04552).
 
-    Its centre is anywhere in the image, so that parts of the square may lie outside.
+    The centre is anywhere in the image, so a part of the square may lie outside.
     """
     examples, side = images.shape[:2]
     begin = rng.integers(0, side, (2, examples, 1)) - length // 2

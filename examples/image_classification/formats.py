@@ -1,7 +1,7 @@
-"""Labelled images, in the formats they are found in.
+"""Readers for data sets of labelled images in several formats.
 
-A split is a grain data source: by number, it gives `{"image": uint8 (height, width, channels),
-"label": number of the class}`.
+A split is a grain data source. `split[i]` is `{"image": uint8 (height, width, channels), "label":
+index of the class}`.
 """
 
 import concurrent.futures
@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 EXTENSIONS = {".jpg", ".jpeg", ".png"}
-SMALL = 32  # pixels; up to here the images of the hub are decoded once and kept
+SMALL = 32  # pixels; images of the hub up to this size are decoded once, into memory
 
 
 class Arrays:
-    """Images of one size, kept in memory."""
+    """A split of images of one size, in memory."""
 
     def __init__(self, images, labels):
         self.images, self.labels = images, np.asarray(labels, np.int32)
@@ -32,7 +32,7 @@ class Arrays:
 
 
 class Files:
-    """Images of any size, decoded when they are looked at."""
+    """A split of images of any size, decoded on access."""
 
     def __init__(self, paths, labels):
         self.paths, self.labels = paths, np.asarray(labels, np.int32)
@@ -45,7 +45,7 @@ class Files:
 
 
 class HubRows:
-    """Rows of a data set from the hub, decoded when they are looked at."""
+    """A split of a data set from the Hugging Face hub, decoded on access."""
 
     def __init__(self, rows, image, label):
         self.rows, self.image, self.label = rows, image, label
@@ -59,13 +59,13 @@ class HubRows:
 
 
 class Dataset(NamedTuple):
-    """Images to train on, and others to test with.
+    """A training split and a test split.
 
     Attributes:
       train: a split.
       test: a split.
-      classes: their names, by number.
-      mirrored: whether a mirror image is of the same class.
+      classes: the names of the classes, by index.
+      mirrored: whether a mirror image belongs to the same class.
     """
 
     train: Any
@@ -75,12 +75,12 @@ class Dataset(NamedTuple):
 
     @property
     def in_memory(self):
-        """Then the images are squares of one size, to be used as they are."""
+        """Whether the images are in memory, as squares of one size."""
         return isinstance(self.train, Arrays)
 
 
 def read(data):
-    """Reads `digits`, an `.npz` file of JPEGs, a folder, or else a data set of the hub's."""
+    """Reads `digits`, an `.npz` file of JPEGs, a folder, or a data set of the hub."""
     path = pathlib.Path(data)
     if data == "digits":
         return digits()
@@ -134,7 +134,7 @@ def _unpickle(path):
 
 
 def jpegs(path):
-    """For each split its JPEGs end to end, the offsets where they begin, and their labels."""
+    """An `.npz` file with the concatenated JPEGs, their offsets and labels, for each split."""
 
     def split(name):
         content, offsets = stored[f"{name}_jpeg"].tobytes(), stored[f"{name}_offsets"]
@@ -175,9 +175,9 @@ def folders(path):
 
 
 def hub(name):
-    """A data set of `datasets`, by name: downloaded once, and then kept by that library.
+    """A data set of the Hugging Face hub, downloaded and cached by the package `datasets`.
 
-    Its labels are the finest there are. It is tested on its validation split if it has one.
+    The labels are the finest available. The test split is the validation split if there is one.
     """
     import datasets
 
@@ -203,7 +203,7 @@ def hub(name):
 
 
 def decode(file):
-    """An image file, by its path or opened."""
+    """Decodes an image file, given its path or an open file."""
     with Image.open(file) as image:
         return as_array(image)
 

@@ -1,4 +1,4 @@
-"""Batches of images: of training images changed at random, of test images as they are."""
+"""Batches of images: training images with random augmentation, test images without."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import grain
 from examples.image_classification import augmentation
 from examples.image_classification.formats import Dataset
 
-# Over ImageNet, for images that are not in memory to be averaged.
+# Of ImageNet, for images that are not in memory.
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
 
 
@@ -19,10 +19,10 @@ class Loader:
 
     Attributes:
       data: the data set.
-      side: of the images; those in memory have it already.
-      batch: images in each; in training a remainder is left out until the next epoch.
-      seed: of the order and of the random changes.
-      cutout: the side of the square that is cut out; 0 for none.
+      side: the side of the images in pixels; images in memory already have it.
+      batch: the number of images in a batch; a training epoch drops an incomplete batch.
+      seed: the seed for the order and the augmentation.
+      cutout: the side of the square that cutout sets to zero; 0 for none.
     """
 
     data: Dataset
@@ -39,7 +39,7 @@ class Loader:
         return steps
 
     def train_batches(self, start=0):
-        """The batches of step `start` and on, without end; each depends on `seed` and its step."""
+        """Endless batches from step `start` on; a batch depends only on `seed` and its step."""
         images = grain.MapDataset.source(self.data.train).seed(self.seed).shuffle()
         if not self.data.in_memory:
             images = images.random_map(self._crop_at_random)
@@ -81,6 +81,6 @@ class Loader:
 
 def _read(batches):
     threads = os.cpu_count() or 1
-    # grain's own default is to make 500 batches ahead of time.
+    # grain's default prepares 500 batches ahead.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(batches.to_iter_dataset(options))

@@ -1,7 +1,7 @@
-"""Weights to start from, out of a `.npz` or `.safetensors` file.
+"""Initial weights from a `.npz` or `.safetensors` file.
 
-The file holds a model's variables by path, such as `params/stem/Conv_0/kernel`, as
-`flax.traverse_util.flatten_dict(variables, sep="/")` names them.
+The file contains a model's variables by path, such as `params/stem/Conv_0/kernel`. The paths are
+those of `flax.traverse_util.flatten_dict(variables, sep="/")`.
 """
 
 import pathlib
@@ -13,14 +13,14 @@ HEAD = "params/head/"
 
 
 def load(path, variables):
-    """Reads the arrays for a model, by path; a head made for other classes is left out, and told.
+    """Reads the arrays of a model, by path. A head for other classes is ignored, with a message.
 
     Args:
-      path: of the file.
+      path: the file.
       variables: the model's variables, or their shapes.
 
     Raises:
-      ValueError: if the file is any other model's.
+      ValueError: if the file is from another model.
     """
     wanted = traverse_util.flatten_dict(variables, sep="/")
     found = _read(pathlib.Path(path))
@@ -52,6 +52,6 @@ def _read(path):
 
 
 def put(arrays, variables):
-    """The variables, with those arrays in their places."""
+    """The variables, with the arrays of the file in their places."""
     flat = traverse_util.flatten_dict(variables, sep="/") | arrays
     return traverse_util.unflatten_dict(flat, sep="/")

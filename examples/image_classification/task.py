@@ -1,4 +1,4 @@
-"""Classifying images, as something that `examples.training` trains."""
+"""Image classification as a task for `examples.training`."""
 
 import functools
 
@@ -15,12 +15,12 @@ def make(name, model, loader, l2=0.0, weights=""):
     """The task of training `model` on the batches of `loader`.
 
     Args:
-      name: for messages.
-      model: a module called as `model(images, train)`.
+      name: the name of the task, for messages.
+      model: a module that is called as `model(images, train)`.
       loader: the batches.
-      l2: the loss has this times half the squared norm of the parameters added. For every
-        optimizer that is weight decay within the gradient; no layer's statistics change.
-      weights: the file of weights to start from, if any.
+      l2: this number times half the squared norm of the parameters is added to the loss. The
+        gradient then contains weight decay, and the layers' statistics do not change.
+      weights: a file with initial weights, or "".
     """
     channels = loader.data.train[0]["image"].shape[-1]
     images = jnp.zeros((1, loader.side, loader.side, channels))

@@ -1,1 +1,1 @@
-"""Trains a small language model: `python -m examples.language_model --help`."""
+"""A training program for small language models: `python -m examples.language_model --help`."""

@@ -20,18 +20,18 @@ from examples.training.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageSettings(Settings):
-    data: str = setting("", f"a text file, or {data.WIKITEXT} (default: what comes with Python)")
+    data: str = setting("", f"a text file, or {data.WIKITEXT} (default: Python's reference)")
     eval_data: str = setting("", "a text file (default: the last tenth of the data)")
-    level: str = setting("words", "what a token is", ("words", "characters"))
-    vocabulary: int | None = setting(None, "so many tokens, the others are <unk> (default: all)")
-    model: str = setting("gpt", "which model", ("gpt", "scanned"))
-    layers: int = setting(4, "blocks")
+    level: str = setting("words", "the kind of tokens", ("words", "characters"))
+    vocabulary: int | None = setting(None, "number of tokens, others are <unk> (default: all)")
+    model: str = setting("gpt", "the architecture", ("gpt", "scanned"))
+    layers: int = setting(4, "number of blocks")
     width: int = setting(128, "features of a token")
-    heads: int = setting(4, "of attention")
+    heads: int = setting(4, "number of attention heads")
     length: int = setting(64, "tokens in a window")
     dropout: float = setting(0.0, "share of features dropped in training")
-    tied: bool = setting(True, "gpt: whether the output weights are the embeddings")
-    dtype: str = setting("float32", "of the arithmetic", ("float32", "bfloat16"))
+    tied: bool = setting(True, "gpt: share the embeddings and the output weights")
+    dtype: str = setting("float32", "type of the arithmetic", ("float32", "bfloat16"))
     batch: int = setting(16, "windows in a batch")
 
 

@@ -1,4 +1,4 @@
-"""Text as numbered tokens, words or characters, and batches of it."""
+"""Text as token indices (words or characters), and batches of them."""
 
 import collections
 import itertools
@@ -13,7 +13,7 @@ HELD_OUT = 0.1
 
 
 class Text(NamedTuple):
-    """Tokens of a text to train on and of one to evaluate on, and what each number stands for."""
+    """The token indices of a training and an evaluation text, and the vocabulary."""
 
     train: np.ndarray
     evaluation: np.ndarray
@@ -21,14 +21,14 @@ class Text(NamedTuple):
 
 
 def load(data: str, eval_data: str, level: str, limit: int | None) -> Text:
-    """The text called `data`, numbered.
+    """Reads a text as token indices.
 
     Args:
-      data: a file; "wikitext-2", fetched by the library `datasets`; or "" for the reference that
-        comes with Python.
-      eval_data: a file, or "" for WikiText-2's own or the last tenth of the text.
+      data: a file; "wikitext-2", downloaded by the package `datasets`; or "" for the reference
+        manual that comes with Python.
+      eval_data: a file, or "" for WikiText-2's own split or else the last tenth of the text.
       level: "words" or "characters".
-      limit: of the vocabulary, or None; the rarest become `<unk>`.
+      limit: the size of the vocabulary, or None; the rarest tokens become `<unk>`.
     """
     if data == WIKITEXT:
         train, evaluation = (_wikitext(split) for split in ("train", "validation"))
@@ -47,7 +47,7 @@ def load(data: str, eval_data: str, level: str, limit: int | None) -> Text:
 
 
 def split(lines: Iterable[str], level: str) -> Iterator[str]:
-    """The tokens: a line's words and `<eos>`, as WikiText is published, or all its characters."""
+    """Splits a text into characters, or into words with `<eos>` after each line, as WikiText."""
     for line in lines:
         yield from [*line.split(), END] if level == "words" else line
 
@@ -58,7 +58,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _reference() -> list[str]:
-    """Python's reference manual as `help("keywords")` knows it: real text on any machine."""
+    """The reference manual that comes with Python, for `help("keywords")`."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values()).splitlines(keepends=True)
@@ -84,7 +84,7 @@ class Batches:
     """Batches of `(inputs, next tokens)`, each of shape `(batch, length)`."""
 
     def __init__(self, text: Text, batch: int, length: int, seed: int):
-        # A pass begins anywhere in the first window, and a window needs the token after it.
+        # A pass starts anywhere in the first window. A window needs the token after its end.
         self._windows = (len(text.train) - length) // length
         self.steps_per_epoch = self._windows // batch
         if not self.steps_per_epoch or len(text.evaluation) <= length:
@@ -95,7 +95,7 @@ class Batches:
         self._text, self._batch, self._length, self._seed = text, batch, length, seed
 
     def train(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each pass takes its windows from another place on, in an order of its own."""
+        """Training batches. Each pass over the text has its own window offset and order."""
         first_epoch, first = divmod(start, self.steps_per_epoch)
         for epoch in itertools.count(first_epoch):
             rng = np.random.default_rng([self._seed, epoch])
@@ -106,7 +106,7 @@ class Batches:
             first = 0
 
     def evaluation(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One window after the other; what is left at the end is too short for one."""
+        """Evaluation batches: consecutive windows, without an incomplete one at the end."""
         tokens = self._text.evaluation
         starts = np.arange(0, len(tokens) - self._length, self._length)
         for first in range(0, len(starts), self._batch):

@@ -1,4 +1,4 @@
-"""Two decoders of tokens: one as in the paper, and one as they are written today."""
+"""Two decoder-only transformers: the paper's, and one in today's style."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ INIT = nn.initializers.normal(0.02)
 
 
 class GPT(nn.Module):
-    """Pre-norm blocks over learned positions; `tied`: the output weights are the embeddings."""
+    """Pre-norm blocks with learned positions; `tied` shares embeddings and output weights."""
 
     vocabulary: int
     length: int
@@ -46,7 +46,7 @@ class GPTBlock(nn.Module):
         def dense(width, init=INIT):
             return nn.Dense(width, dtype=self.dtype, kernel_init=init)
 
-        def into(branch):  # the residual stream, whose variance then does not grow with the depth
+        def into(branch):  # the residual stream; its variance then does not grow with depth
             smaller = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)
             branch = dense(x.shape[-1], smaller)(branch)
             return nn.Dropout(self.dropout, deterministic=not train)(branch)
@@ -60,7 +60,7 @@ class GPTBlock(nn.Module):
 
 
 class ScannedTransformer(nn.Module):
-    """One block scanned over the layers and rematerialized; rotary positions, no biases."""
+    """A block scanned over the layers, with rematerialization, rotary positions and no biases."""
 
     vocabulary: int
     layers: int
@@ -73,7 +73,7 @@ class ScannedTransformer(nn.Module):
     def __call__(self, tokens, train):
         x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, embedding_init=INIT)(tokens)
         blocks = nn.scan(
-            nn.remat(ScannedBlock, prevent_cse=False),  # a scan cannot undo it
+            nn.remat(ScannedBlock, prevent_cse=False),  # not needed inside a scan
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.layers,
@@ -84,7 +84,7 @@ class ScannedTransformer(nn.Module):
 
 
 class ScannedBlock(nn.Module):
-    """Attention and a gated hidden layer."""
+    """Attention and a gated MLP."""
 
     heads: int
     dropout: float
@@ -113,10 +113,10 @@ class ScannedBlock(nn.Module):
 
 
 def rotated(x):
-    """Rotary positions (Su et al., arXiv:2104.09864).
+    """Rotary positions (Su et al., arXiv:2104.09864) for `(batch, position, head, feature)`.
 
-    Of `(batch, position, head, feature)`, feature i and i + d/2 of d turn as one complex number
-    by the position times 10000^(-2i/d).
+    Features i and i + d/2 of d are a complex number, which is rotated by the angle position times
+    10000^(-2i/d).
     """
     half = x.shape[-1] // 2
     turns = jnp.outer(jnp.arange(x.shape[1]), 10000.0 ** (-jnp.arange(half) / half))

@@ -1,4 +1,4 @@
-"""A language model and its text, as something that `examples.training` trains."""
+"""Language modelling as a task for `examples.training`."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from examples.training.task import Task
 
 
 def make(name: str, model: Any, batches: Batches) -> Task:
-    """Predicting the next token.
+    """The task of predicting the next token.
 
     Args:
-      name: for messages.
-      model: a module called as `model(tokens, train)`, without other collections than parameters.
-      batches: of its text.
+      name: the name of the task, for messages.
+      model: a module that is called as `model(tokens, train)` and has only parameters.
+      batches: the batches of text.
     """
 
     def init(key):

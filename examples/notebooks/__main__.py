@@ -1,4 +1,4 @@
-"""Executes the notebooks of this folder, each in a fresh kernel.
+"""Runs the notebooks of this folder, each in a new kernel.
 
 python -m examples.notebooks --out notebooks five_minutes choosing_a_rule
 """
@@ -20,23 +20,23 @@ LIMIT = 120  # seconds for one notebook
 
 
 def sources() -> dict[str, pathlib.Path]:
-    """The notebooks' files, by name."""
+    """The files of the notebooks, by name."""
     return {path.stem: path for path in sorted(FOLDER.glob("[!_]*.py"))}
 
 
 async def execute(source: pathlib.Path, limit: float = LIMIT) -> nbformat.NotebookNode:
-    """The notebook of a source, with what its cells put out.
+    """Runs a notebook and returns it with the output of its cells.
 
     Raises:
-      CellExecutionError: with the traceback of the first cell that fails.
-      CellTimeoutError: if the cells take longer than the limit, in seconds.
+      CellExecutionError: if a cell fails; with its traceback.
+      CellTimeoutError: if the notebook takes longer than `limit` seconds.
     """
     notebook = jupytext.read(source, fmt="py:percent")
     end = time.monotonic() + limit
     client = NotebookClient(
         notebook,
         kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],  # of the kernel's own messages
+        extra_arguments=["--log-level=ERROR"],  # fewer messages from the kernel itself
         timeout_func=lambda _: max(1, int(end - time.monotonic())),
     )
     await client.async_execute()
@@ -44,13 +44,13 @@ async def execute(source: pathlib.Path, limit: float = LIMIT) -> nbformat.Notebo
 
 
 def complaints(notebook: nbformat.NotebookNode) -> str:
-    """What the cells wrote to stderr: warnings."""
+    """What the cells wrote to stderr, such as warnings."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(output.text for output in outputs if output.get("name") == "stderr")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The number of notebooks that failed."""
+    """Runs the notebooks; returns the number of those that failed."""
     found = sources()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(found)}")

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Choosing a rule
 #
-# Three rules make a preconditioner of the same factors. Here they train one small network, each
-# over a range of learning rates and dampings, beside AdamW and SGD; then you see why they differ.
+# A rule is the formula that turns the captured factors into a step. AdaFisher has three rules. This
+# notebook trains a small network with each rule, at several learning rates and dampings, and with
+# AdamW and SGD. Then it shows why the rules differ.
 
 # %%
 import functools
@@ -23,8 +24,8 @@ from adafisher_jax.rules import make_rule
 # %% [markdown]
 # ## One task
 #
-# An MLP on scikit-learn's digits, 300 steps of 64, one seed, and one warm-up and cosine schedule
-# for all.
+# The task is an MLP on scikit-learn's digits: 300 steps of 64 examples, one seed, and the same
+# warm-up and cosine schedule for all optimizers.
 
 # %%
 model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(10)])
@@ -47,13 +48,13 @@ layout = af.trace_layout(loss_fn, start, images[:BATCH], labels[:BATCH])
 shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, STEPS // 10, STEPS)
 
 # %% [markdown]
-# Settings are arrays to JAX, so that `jax.vmap` trains with all of them side by side: one
-# compilation for each rule.
+# The settings are arrays, so `jax.vmap` trains with all of them in parallel. Each rule is compiled
+# once.
 
 
 # %%
 class Seen(NamedTuple):
-    """Of each setting, after every few steps."""
+    """What is recorded for each setting after each chunk of steps."""
 
     params: Any
     loss: jax.Array  # on the whole training set
@@ -90,13 +91,14 @@ def make_train(make_tx, look=lambda opt_state, **settings: {}):
 # %% [markdown]
 # ## Learning rates and dampings
 #
-# | rule | what it divides the momentum by |
+# | rule | divisor of the momentum |
 # | --- | --- |
-# | `"centered"` | the root of the Fisher diagonal, of inputs less their mean, plus `damping` |
-# | `"paper"` | the Fisher diagonal, each factor min-max scaled, plus `damping` |
-# | `"official"` | the released code's arithmetic: soon nearly a constant |
+# | `"centered"` | the square root of the Fisher diagonal of centered inputs, plus `damping` |
+# | `"paper"` | the Fisher diagonal, each factor scaled to [0, 1] by min-max, plus `damping` |
+# | `"official"` | the arithmetic of the released code, which soon is almost a constant |
 #
-# The first two are trained with every pair of a rate and a damping, the others with every rate.
+# `"centered"` and `"paper"` run with every pair of a rate and a damping. The other optimizers run
+# with every rate.
 
 # %%
 RATES = 10.0 ** np.arange(-3.5, 0.1, 0.5)
@@ -131,7 +133,7 @@ for name, make_tx in others.items():
 
 # %%
 def best(losses):
-    """Where the lowest is; those that are not finite have lost."""
+    """The index of the lowest loss; losses that are not finite do not count."""
     return np.argmin(np.where(np.isfinite(losses), losses, np.inf))
 
 
@@ -152,10 +154,11 @@ plt.show()
 # %% [markdown]
 # ## Damping
 #
-# `"paper"` scales `h` and `s` of each layer by min-max, so the smallest of each is exactly 0, and
-# all of its row or column is divided by `damping` alone. Rate and damping then act together: the
-# best rate moves with the damping. `"centered"` adds its damping to factors whose average is one,
-# under a root, and divides by the size of its steps. The white line joins the best rates.
+# `"paper"` scales the factors `h` and `s` of each layer by min-max, so the smallest entry of each
+# is exactly 0. The weights of that input or output are divided by `damping` alone. So the best rate
+# depends on the damping. `"centered"` scales each factor to mean one, adds the damping under a
+# square root, and divides by the root mean square of its steps. The white line joins the best
+# rates.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
@@ -176,8 +179,7 @@ figure.colorbar(shown, ax=panels, label="training loss, at most 3")
 plt.show()
 
 # %% [markdown]
-# The live report says why: how much of a layer does the curvature decide, and how much the
-# damping?
+# The live report shows the reason: how many entries of a layer have more curvature than damping?
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
@@ -192,14 +194,15 @@ panels[1].legend(title="damping", frameon=False, loc="center left", bbox_to_anch
 plt.show()
 
 # %% [markdown]
-# Where the share is near 0, `"paper"` is momentum SGD at the rate over the damping. Where it is
-# near 1, the damping decides only the smallest entries; but under `"paper"` these move up to one
-# over the damping times as far as the largest.
+# Where the share is near 0, `"paper"` is momentum SGD with the learning rate divided by the
+# damping. Where the share is near 1, the damping matters only for the smallest entries. But under
+# `"paper"` the step of the smallest entries is up to 1 / damping times that of the largest.
 #
 # ## Curvature over training
 #
-# What momentum is multiplied by in each layer before the learning rate, at each rule's best rate
-# and default damping: the line is the median, the band has nine tenths of a weight's entries.
+# The plots show the numbers that multiply the momentum in each layer, before the learning rate, at
+# each rule's best rate and default damping. The line is the median. The band contains nine tenths
+# of a weight's entries.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
@@ -211,11 +214,11 @@ for axes, rule in zip(panels, DEFAULTS, strict=True):
 plt.show()
 
 # %% [markdown]
-# ## Five ways down
+# ## Five paths through the loss
 #
-# All start at one point, and some go far. The plane is that of the two directions along which the
-# runs varied the most; what they do beside it is not seen. To the right, the three that stayed
-# nearest, in a plane of their own.
+# All runs start at the same point. The left plot shows the plane of the two directions along which
+# the runs vary most. Movement outside of the plane is not visible. The right plot shows the three
+# runs that stayed closest to the start, in a plane of their own.
 
 
 # %%
@@ -246,15 +249,15 @@ for name in by_distance:
     print(f"{name:20} ends {distance(name):.1f} from the start")
 
 # %% [markdown]
-# ## Which one?
+# ## Which rule?
 #
-# To train a model, `"centered"`; sweep half-decades of its rate and leave its damping. To compare
-# with the publication, `"paper"` or `"official"`, and sweep rate and damping together. One small
-# task and one seed settle nothing about yours.
+# To train a model, use `"centered"`; sweep half-decades of its rate and keep its damping. To
+# compare with the paper, use `"paper"` or `"official"`, and sweep rate and damping together. Note:
+# one small task and one seed do not decide what is best for your model.
 #
 # ## Read next
 #
 # - [is_your_model_diagonal.py](is_your_model_diagonal.py): how good the diagonal is.
-# - [choosing.md](../../docs/choosing.md): the rules and settings, in words.
-# - [study.md](../../docs/study.md): optimizers side by side on more tasks, with seeds.
-# - [training.md](../../docs/training.md): programs that train larger models with any of these.
+# - [choosing.md](../../docs/choosing.md): the rules and settings in brief.
+# - [study.md](../../docs/study.md): more tasks and optimizers, with several seeds.
+# - [training.md](../../docs/training.md): programs that train larger models with these optimizers.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Five minutes with AdaFisher, in Linen
 #
-# Train a classifier of handwritten digits, look at what the optimizer sees, and put it beside
-# AdamW. [five_minutes_nnx.py](five_minutes_nnx.py) is the same in NNX.
+# Train a classifier of handwritten digits, look at the curvature that the optimizer uses, and
+# compare with AdamW. [five_minutes_nnx.py](five_minutes_nnx.py) is the same in NNX.
 
 # %%
 import time
@@ -21,7 +21,7 @@ from adafisher_jax import diagnostics
 # %% [markdown]
 # ## A model, a loss, batches
 #
-# Nothing here knows of the optimizer.
+# This part does not depend on the optimizer.
 
 
 # %%
@@ -54,8 +54,9 @@ params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 # %% [markdown]
 # ## The layout: which layers are there?
 #
-# One abstract trace of the loss finds them. Read the table once for each new model: a parameter
-# that no known layer uses, here `sharpness`, is listed with the reason and gets a plain fallback.
+# One abstract trace of the loss finds the layers. Read the table once for each new model. It lists
+# every parameter. `sharpness` does not belong to a layer: the table gives the reason, and the
+# optimizer trains this parameter without curvature.
 
 # %%
 layout = af.trace_layout(loss_fn, params, *batches[0])
@@ -64,9 +65,10 @@ print(layout)
 # %% [markdown]
 # ## The factors: what is captured?
 #
-# `af.value_and_grad` stands in for `jax.value_and_grad`. From the same backward pass it returns,
-# for each layer, the mean squares of its inputs (`h`) and of the loss's gradients at its outputs
-# (`s`).
+# `af.value_and_grad` replaces `jax.value_and_grad`. The same backward pass also returns the
+# *factors* of each layer: the mean squares of its inputs (`h`) and of the loss's gradients at its
+# outputs (`s`). The means are over *rows*. Here a row is an example; in sequences and convolutions
+# it is a position of an example.
 
 # %%
 grad_fn = jax.jit(af.value_and_grad(loss_fn, layout))
@@ -75,9 +77,10 @@ for path, factor in factors.items():
     print(f"{path:12} h {factor.h.shape!s:9} s {factor.s.shape!s:9} over {factor.rows:.0f} rows")
 
 # %% [markdown]
-# Their product has the weight's shape. It is the diagonal of the layer's Fisher matrix, as far as
-# the two are independent, and is never stored. In the first layer `h` is a picture: pixels that
-# are always black have no curvature at all, which is what damping is for.
+# The product `h × s` has the shape of the weight. It is the diagonal of the layer's Fisher matrix,
+# if inputs and output gradients are independent. The product is never stored. In the first layer,
+# `h` can be drawn as an image. Pixels that are always black have no curvature, so the optimizer
+# adds a constant, the damping.
 
 # %%
 first, last = factors["Dense_0"], factors["Dense_2"]
@@ -93,7 +96,7 @@ plt.show()
 # %% [markdown]
 # ## Two train steps
 #
-# The factors go to `tx.update` with the gradients; that is the whole difference.
+# There is one difference: `tx.update` takes the factors with the gradients.
 
 # %%
 schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-2, STEPS // 20, STEPS)
@@ -150,14 +153,15 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Both have one learning rate: sweep it for each before you conclude anything, as
-# [choosing_a_rule.py](choosing_a_rule.py) does. What does not depend on it is the state: one
-# momentum and a few vectors for each layer, where AdamW keeps two arrays of every weight's size.
+# Both runs use the same learning rate. Sweep the rate of each optimizer before you compare them, as
+# [choosing_a_rule.py](choosing_a_rule.py) does. The size of the state does not depend on the rate.
+# AdaFisher stores the momentum and a few vectors for each layer; AdamW stores two arrays of every
+# weight's size.
 #
-# ## The live report: what is it doing?
+# ## The live report: what does the optimizer do?
 #
-# `diagnostics.report` reads the optimizer's state inside the jitted step, for a few scalars a
-# layer.
+# `diagnostics.report` reads the optimizer's state inside the jitted step. It returns a few scalars
+# per layer.
 
 
 # %%
@@ -175,9 +179,9 @@ for batch in batches[:100]:
 print(diagnostics.table(found))
 
 # %% [markdown]
-# `above damping` is the share of a weight's entries that the curvature decides rather than the
-# damping; the rates are what momentum is multiplied by, before the learning rate; an `age` that
-# grows means that no factors arrive. `diagnostics.scalars` flattens the same for a logger:
+# `above damping` is the share of a weight's entries whose curvature exceeds the damping. The rates
+# are the numbers that multiply the momentum, before the learning rate. If `age` grows, no factors
+# arrive. `diagnostics.scalars` flattens the report for a logger:
 
 # %%
 for name, value in list(diagnostics.scalars(found).items())[:3]:
@@ -187,8 +191,8 @@ for name, value in list(diagnostics.scalars(found).items())[:3]:
 # %% [markdown]
 # ## Refreshing every few steps
 #
-# A step with `factors=None` uses the averages it has. So curvature may be captured in some steps
-# only, and the others cost what any step costs.
+# A step with `factors=None` uses the stored averages. To save time, capture the curvature at some
+# steps only.
 
 
 # %%
@@ -217,8 +221,8 @@ for every in (1, 5, 25):
 # %% [markdown]
 # ## Read next
 #
-# - [choosing_a_rule.py](choosing_a_rule.py): the three rules, their rates, and damping.
-# - [from_adamw.py](from_adamw.py): what changes in a train loop that you already have.
+# - [choosing_a_rule.py](choosing_a_rule.py): the three rules, their learning rates and dampings.
+# - [from_adamw.py](from_adamw.py): what changes in an existing training loop.
 # - [refreshing.md](../../docs/refreshing.md): one compiled step that refreshes by a schedule.
 # - [layers.md](../../docs/layers.md): which layers and transforms are covered.
-# - [diagnostics.md](../../docs/diagnostics.md): what each column of the report says.
+# - [diagnostics.md](../../docs/diagnostics.md): the meaning of each column of the report.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Five minutes with AdaFisher, in NNX
 #
-# Train a classifier of handwritten digits, look at what the optimizer sees, and put it beside
-# AdamW. [five_minutes.py](five_minutes.py) is the same in Linen.
+# Train a classifier of handwritten digits, look at the curvature that the optimizer uses, and
+# compare with AdamW. [five_minutes.py](five_minutes.py) is the same in Linen.
 
 # %%
 import jax
@@ -20,8 +20,8 @@ from adafisher_jax import diagnostics
 # %% [markdown]
 # ## A model, a loss, batches
 #
-# Nothing here knows of the optimizer. The model has running statistics and dropout, so that there
-# is something for the gradient function to carry over.
+# This part does not depend on the optimizer. The model has running statistics and dropout. The
+# gradient function has to update both.
 
 
 # %%
@@ -56,8 +56,9 @@ model = MLP(nnx.Rngs(0))
 # %% [markdown]
 # ## The layout: which layers are there?
 #
-# One abstract trace of the loss finds them. Read the table once for each new model: a parameter
-# that no known layer uses, here `sharpness`, is listed with the reason and gets a plain fallback.
+# One abstract trace of the loss finds the layers. Read the table once for each new model. It lists
+# every parameter. `sharpness` does not belong to a layer: the table gives the reason, and the
+# optimizer trains this parameter without curvature.
 
 # %%
 layout = af.nnx.trace_layout(loss_fn, model, *batches[0])
@@ -66,9 +67,11 @@ print(layout)
 # %% [markdown]
 # ## The factors: what is captured?
 #
-# `af.nnx.value_and_grad` stands in for `nnx.value_and_grad`. From the same backward pass it
-# returns, for each layer, the mean squares of its inputs (`h`) and of the loss's gradients at its
-# outputs (`s`). As Flax's own does, it carries over what the loss changes in the model.
+# `af.nnx.value_and_grad` replaces `nnx.value_and_grad`. The same backward pass also returns the
+# *factors* of each layer: the mean squares of its inputs (`h`) and of the loss's gradients at its
+# outputs (`s`). The means are over *rows*. Here a row is an example; in sequences and convolutions
+# it is a position of an example. Like Flax's function, it also updates what the loss changes in the
+# model.
 
 # %%
 grad_fn = af.nnx.value_and_grad(loss_fn, layout)
@@ -79,9 +82,10 @@ for path, factor in factors.items():
 print(f"running means, summed: {before:.3f} before, {model.norm.mean[...].sum():.3f} after")
 
 # %% [markdown]
-# The product `h × s` has the weight's shape. It is the diagonal of the layer's Fisher matrix, as
-# far as the two are independent, and is never stored. In the first layer `h` is a picture: pixels
-# that are always black have no curvature at all, which is what damping is for.
+# The product `h × s` has the shape of the weight. It is the diagonal of the layer's Fisher matrix,
+# if inputs and output gradients are independent. The product is never stored. In the first layer,
+# `h` can be drawn as an image. Pixels that are always black have no curvature, so the optimizer
+# adds a constant, the damping.
 
 # %%
 first, last = factors["hidden"], factors["logits"]
@@ -97,8 +101,8 @@ plt.show()
 # %% [markdown]
 # ## Two train steps
 #
-# The factors go to `optimizer.update` with the gradients; that is the whole difference. (Make a
-# transformation once: a step compiles anew for another one, though it be alike.)
+# There is one difference: `optimizer.update` takes the factors with the gradients. Create each
+# transformation once: with a new one, even an equal one, `nnx.jit` compiles the step again.
 
 
 # %%
@@ -155,14 +159,15 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Both have one learning rate: sweep it for each before you conclude anything, as
-# [choosing_a_rule.py](choosing_a_rule.py) does. What does not depend on it is the state: one
-# momentum and a few vectors for each layer, where AdamW keeps two arrays of every weight's size.
+# Both runs use the same learning rate. Sweep the rate of each optimizer before you compare them, as
+# [choosing_a_rule.py](choosing_a_rule.py) does. The size of the state does not depend on the rate.
+# AdaFisher stores the momentum and a few vectors for each layer; AdamW stores two arrays of every
+# weight's size.
 #
-# ## The live report: what is it doing?
+# ## The live report: what does the optimizer do?
 #
-# `diagnostics.report` reads the optimizer's state inside the jitted step, for a few scalars a
-# layer.
+# `diagnostics.report` reads the optimizer's state inside the jitted step. It returns a few scalars
+# per layer.
 
 
 # %%
@@ -179,9 +184,9 @@ for batch in batches[:100]:
 print(diagnostics.table(found))
 
 # %% [markdown]
-# `above damping` is the share of a weight's entries that the curvature decides rather than the
-# damping; the rates are what momentum is multiplied by, before the learning rate; an `age` that
-# grows means that no factors arrive. `diagnostics.scalars` flattens the same for a logger:
+# `above damping` is the share of a weight's entries whose curvature exceeds the damping. The rates
+# are the numbers that multiply the momentum, before the learning rate. If `age` grows, no factors
+# arrive. `diagnostics.scalars` flattens the report for a logger:
 
 # %%
 for name, value in list(diagnostics.scalars(found).items())[:3]:
@@ -191,9 +196,9 @@ for name, value in list(diagnostics.scalars(found).items())[:3]:
 # %% [markdown]
 # ## Refreshing every few steps
 #
-# An update with `factors=None` uses the averages it has. So curvature may be captured in some steps
-# only, and the others cost what any step costs. ([five_minutes.py](five_minutes.py) has times: so
-# small a step spends most of its own in `nnx.jit`, taking the model apart.)
+# An update with `factors=None` uses the stored averages. To save time, capture the curvature at
+# some steps only. [five_minutes.py](five_minutes.py) has times. Here they would show little: a step
+# this small spends most of its time in `nnx.jit`, which takes the model apart.
 
 
 # %%
@@ -218,7 +223,7 @@ for every in (1, 5, 25):
 # %% [markdown]
 # ## Read next
 #
-# - [choosing_a_rule.py](choosing_a_rule.py): the three rules, their rates, and damping.
-# - [is_your_model_diagonal.py](is_your_model_diagonal.py): what the diagonals leave out.
+# - [choosing_a_rule.py](choosing_a_rule.py): the three rules, their learning rates and dampings.
+# - [is_your_model_diagonal.py](is_your_model_diagonal.py): what the diagonal factors leave out.
 # - [refreshing.md](../../docs/refreshing.md): one compiled step that refreshes by a schedule.
 # - [checkpoints.md](../../docs/checkpoints.md): saving model and optimizer together.

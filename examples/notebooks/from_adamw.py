@@ -1,8 +1,8 @@
 # %% [markdown]
 # # From AdamW to AdaFisher
 #
-# You have a train loop that works: a `TrainState`, a schedule, clipping, weight decay with a
-# mask. What changes in it, and does the rest still hold?
+# This notebook converts a training loop that uses AdamW. The loop has a `TrainState`, a schedule,
+# gradient clipping, and weight decay with a mask. What changes? And does the rest still work?
 
 # %%
 import difflib
@@ -104,7 +104,7 @@ def train():
 train_with_adafisher = train
 
 # %% [markdown]
-# Beside the layout, this is all that differs:
+# Besides the layout, only these lines differ:
 
 # %%
 sources = (inspect.getsource(f).splitlines() for f in (train_with_adamw, train_with_adafisher))
@@ -128,13 +128,13 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# AdamW's learning rate is not AdaFisher's: sweep half-decades around `3e-2`. Weight decay is
-# multiplied by the rate in both, so a larger rate wants a smaller `weight_decay` for the same
-# pull.
+# AdamW's learning rate is no guide to AdaFisher's: sweep half-decades around `3e-2`. Both
+# optimizers multiply the weight decay by the rate. So a larger rate needs a smaller `weight_decay`
+# for the same effect.
 #
 # ## Do the factors arrive?
 #
-# A step that forgets them is an error, and so is one in a wrapper that drops them
+# A step without factors is an error. So is a step inside a wrapper that drops the factors
 # ([optax.md](../../docs/optax.md) has a table).
 
 # %%
@@ -145,8 +145,8 @@ except TypeError as error:
     print(error)
 
 # %% [markdown]
-# `factors=None` says that a step is to keep the curvature as it is. The ages count such steps:
-# through the chain above all are zero.
+# `factors=None` is allowed: the stored curvature stays as it is. The state's `ages` count such
+# steps for each layer. With the chain above they are all zero.
 
 
 # %%
@@ -168,9 +168,9 @@ for batch in batches[:3]:
 print_ages("three steps without", kept)
 
 # %% [markdown]
-# ## Weight decay keeps to its mask
+# ## Weight decay respects the mask
 #
-# With gradients of zero, the step is the decay alone.
+# With zero gradients, the step consists of the weight decay alone.
 
 # %%
 tx = af.adafisherw(1.0, layout, rule="centered", weight_decay=0.1, mask=mask)
@@ -182,10 +182,10 @@ for leaf in ("kernel", "bias"):
     print(f"of a {leaf} {share.min():.3f} to {share.max():.3f} go")
 
 # %% [markdown]
-# ## Accumulation
+# ## Gradient accumulation
 #
-# `optax.MultiSteps` averages gradients, and would use the factors of the last micro-batch alone.
-# `af.accumulate` adds up both, to what the whole batch gives.
+# `optax.MultiSteps` averages the gradients, but would use only the last micro-batch's factors.
+# `af.accumulate` combines the gradients and the factors. The result equals that of the whole batch.
 
 # %%
 grad_fn = af.value_and_grad(loss_fn, layout)
@@ -207,9 +207,10 @@ for name, one, other in zip(("loss", "gradients", "factors"), whole, parts, stri
     assert difference(one, other) < 1e-3
 
 # %% [markdown]
-# ## A checkpoint has all of it
+# ## A checkpoint contains everything
 #
-# Factors, momentum and counts are arrays of the state: it is read as it was saved, bit for bit.
+# The factors, the momentum and the counts are arrays of the state. The restored state equals the
+# saved state bit for bit.
 
 # %%
 fresh = kept.replace(opt_state=kept.tx.init(params), params=params)
@@ -222,7 +223,7 @@ assert same
 # ## Read next
 #
 # - [choosing_a_rule.py](choosing_a_rule.py): the rules, and how to find a learning rate.
-# - [optax.md](../../docs/optax.md): every wrapper of optax, with a recipe.
-# - [micro_batches.md](../../docs/micro_batches.md): weights, masks, micro-batches of several
+# - [optax.md](../../docs/optax.md): the wrappers of optax, with a recipe for each.
+# - [micro_batches.md](../../docs/micro_batches.md): weights, masks, micro-batches of different
 #   sizes.
 # - [precision.md](../../docs/precision.md): bfloat16, float16 and loss scaling.

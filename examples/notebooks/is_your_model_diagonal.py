@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Is your model diagonal?
 #
-# For a layer with inputs $\bar h$ (a 1 appended, for the bias) and gradients $s$ at its outputs,
-# AdaFisher keeps the diagonals of $H = E[\bar h \bar h^T]$ and $S = E[s s^T]$, because such
-# factors are said to concentrate there. Here two small models are trained, their whole factors
-# computed, and the claim is put to the numbers. Replace the models by yours.
+# Let $\bar h$ be the inputs of a layer (with a 1 appended for the bias), and $s$ the gradients at
+# its outputs. The layer has two curvature matrices, its factors $H = E[\bar h \bar h^T]$ and
+# $S = E[s s^T]$. AdaFisher stores only their diagonals, since the paper reports that the factors
+# concentrate there. This notebook tests that claim. It trains two small models and computes their
+# full factors. Replace the models with your own.
 
 # %%
 import jax
@@ -48,8 +49,8 @@ cnn_batches = list(zip(images[rows], labels[rows], strict=True))
 # %% [markdown]
 # ## A transformer, on a formal language
 #
-# It reads formulas, character by character. A formula is a letter, or two formulas in brackets
-# with a sign between them; some letters are rarer than others.
+# The transformer reads formulas, character by character. A formula is a letter, or two formulas in
+# brackets with an operator between them. Some letters are rarer than others.
 
 
 # %%
@@ -88,7 +89,7 @@ def text_loss(params, tokens):
 # %% [markdown]
 # ## Train both
 #
-# With Adam, so that nothing you will see is AdaFisher's doing.
+# The optimizer is Adam, so that no result depends on AdaFisher.
 
 
 # %%
@@ -116,10 +117,10 @@ cnn_params = train(cnn_loss, cnn_start, cnn_batches)
 text_params = train(text_loss, text_start, text_batches)
 
 # %% [markdown]
-# ## The whole factors, of many batches
+# ## The full factors, over many batches
 #
-# An embedding's inputs are one-hot, so that its `H` is diagonal by construction. The layers with
-# a bias are those in question.
+# The inputs of an embedding are one-hot, so its `H` is diagonal by construction. The notebook
+# therefore examines the layers with a bias.
 
 
 # %%
@@ -137,7 +138,7 @@ factors = cnn_factors | text_factors
 
 @jax.jit
 def matrices(factor):
-    """Each relative to the mean of its diagonal, so that its eigenvalues average to one."""
+    """The matrices, each divided by the mean of its diagonal: the mean eigenvalue is one."""
     mean = factor.h[:-1, -1]
     covariance = factor.h[:-1, :-1] - jnp.outer(mean, mean)
     found = {"H": factor.h, "H centered": covariance, "S": factor.s}
@@ -149,9 +150,10 @@ found = {path: matrices(factor) for path, factor in factors.items()}
 # %% [markdown]
 # ## How much is on the diagonal?
 #
-# Of the sum of squares of all entries, the diagonal has a share of 100% in a diagonal matrix, and
-# of 1 / n where all entries are alike. Centered, $H$ is the covariance $E[\bar h \bar h^T] - \mu
-# \mu^T$, whose diagonal the rule `"centered"` takes.
+# The table shows the share of the diagonal in the sum of all squared entries. The share is 100% for
+# a diagonal matrix, and 1 / n if all entries are equal. With the mean $\mu$ subtracted from the
+# inputs, $H$ becomes the covariance $E[\bar h \bar h^T] - \mu \mu^T$. The rule `"centered"` uses
+# the diagonal of that covariance.
 
 # %%
 share = jax.jit(diagnostics.diagonal_energy)
@@ -169,9 +171,9 @@ for name, column in zip(("H", "H centered", "S"), zip(*shares.values(), strict=T
     )
 
 # %% [markdown]
-# ## Two layers, seen whole
+# ## Two layers in full
 #
-# The colours are logarithmic, for either sign.
+# The colours are logarithmic, for positive and negative entries.
 
 # %%
 SHOWN = ("Conv_1", "up")
@@ -192,15 +194,15 @@ for axes, matrix in panels():
 plt.show()
 
 # %% [markdown]
-# After a ReLU no input is negative, so the mean of every product of two is positive: $H$ contains
-# $\mu \mu^T$, which is full. Centering takes that away and leaves what neighbouring inputs have
-# in common. Behind a layer norm, as in `up`, the mean is small and little changes.
+# After a ReLU no input is negative, so the mean of every product of two inputs is positive: $H$
+# contains the full matrix $\mu \mu^T$. Centering removes $\mu \mu^T$, and leaves the correlations
+# between inputs. After a layer norm, as in `up`, the mean is small, so centering changes little.
 #
 # ## Gershgorin's discs
 #
-# Every eigenvalue lies in a disc around a diagonal entry, whose radius is the sum of the row's
-# other entries. Small discs that lie apart would mean that the diagonal nearly has the
-# eigenvalues.
+# Every eigenvalue lies in a disc around a diagonal entry. The radius of the disc is the sum of the
+# absolute values of the other entries in the row. If the discs were small and apart, the diagonal
+# would nearly contain the eigenvalues.
 
 # %%
 for axes, matrix in panels():
@@ -218,9 +220,10 @@ for path in SHOWN:
 # %% [markdown]
 # ## Eigenvalues, and noise
 #
-# The Kaiser rule keeps the eigenvalues above the average, which is 1 here. If the diagonal were
-# all there is, they would be its entries: the grey line. Noise beside the diagonal, of a
-# hundredth of its mean, shows how firmly they sit.
+# The Kaiser rule selects the eigenvalues above the average, which is 1 here. The grey line shows
+# the diagonal entries: for a diagonal matrix they are the eigenvalues. The second spectrum is that
+# of the matrix with noise off the diagonal, of a hundredth of the diagonal's mean. It shows how
+# stable the eigenvalues are.
 
 
 # %%
@@ -230,7 +233,7 @@ def with_noise(matrix):
 
 
 def most_moved(matrix):
-    """How far, at most, noise moves an eigenvalue that the Kaiser rule keeps."""
+    """The largest relative change by noise among the eigenvalues that the Kaiser rule selects."""
     before, after = (np.asarray(diagnostics.eigenvalues(m)) for m in (matrix, with_noise(matrix)))
     kept = np.asarray(diagnostics.kaiser(before))
     return np.max(np.abs(after / before - 1)[kept])
@@ -247,14 +250,15 @@ for path in SHOWN:
     print(f"kept eigenvalues of {path} move by up to", moved)
 
 # %% [markdown]
-# The leading eigenvalues do not mind the noise, the small ones do. But neither are they the
-# diagonal's: a few directions hold most of the curvature, and they are no single inputs.
+# The noise hardly changes the leading eigenvalues, but it changes the small ones. The leading
+# eigenvalues also differ from the diagonal entries: a few directions contain most of the curvature,
+# and each of them mixes several inputs.
 #
 # ## Fourier spectrum and signal-to-noise ratio
 #
-# A diagonal is a line across the spectrum's middle, constant along it; what is smooth gathers in
-# the middle, what repeats makes a grid. The ratio puts the diagonal beside what is above it: 0 dB
-# where their squares have one sum.
+# In the spectrum of a diagonal matrix, a line crosses the middle. Smooth structure gathers in the
+# middle, and periodic structure makes a grid. The signal-to-noise ratio compares the diagonal with
+# the entries above it. 0 dB means that both have the same sum of squares.
 
 # %%
 for axes, matrix in panels():
@@ -264,9 +268,10 @@ plt.show()
 # %% [markdown]
 # ## Does it matter for a step?
 #
-# Of small layers the exact empirical Fisher matrix can be built, from the gradient of each
-# example. Its damped step is the one to approximate: how far, in degrees, are the gradient
-# itself, the step of the diagonals and that of the whole factors?
+# For a small layer, the exact empirical Fisher matrix can be built from the gradient of each
+# example. The table compares three steps with the damped step of that matrix: the gradient itself,
+# the step of the diagonal factors, and the step of the full factors. The numbers are angles in
+# degrees.
 
 # %%
 some_text = np.concatenate([batch for (batch,) in text_batches[:8]])
@@ -282,7 +287,7 @@ medians = np.median([[deviation.angle for deviation in one] for one in steps.val
 print(f"{'median':24}" + "".join(f"{angle:>9.0f}°" for angle in medians))
 
 # %% [markdown]
-# ## So, is it?
+# ## So, is it diagonal?
 
 # %%
 for model, paths in {"convolutional": cnn_factors, "transformer": text_factors}.items():
@@ -292,16 +297,16 @@ for model, paths in {"convolutional": cnn_factors, "transformer": text_factors}.
     )
 
 # %% [markdown]
-# Not as it stands. In most layers most of the squares of $H$ lie beside the diagonal. Centering
-# helps where inputs come from a ReLU, without making $H$ diagonal, and changes little behind a
-# layer norm. $S$ is closer to diagonal in the convolutional network. The diagonals' step points
-# about as far from the exact one as the gradient does; that of the whole factors comes nearer. So
-# if AdaFisher trains such models well, diagonal factors are not the reason. What its diagonals do
-# hold is the scale of each input and output, and the rule `"centered"` takes the largest thing
-# beside the diagonal, the mean, out of the way.
+# Not in these models. In most layers, most of the squares of $H$ are off the diagonal. Centering
+# helps where inputs come from a ReLU, but does not make $H$ diagonal. After a layer norm it changes
+# little. $S$ is closer to diagonal in the convolutional network. The step of the diagonal factors
+# is about as far from the exact step as the gradient is. The step of the full factors is closer. So
+# if AdaFisher trains such models well, diagonal factors are not the reason. The diagonals do
+# contain the scale of each input and output. And the rule `"centered"` removes the largest part off
+# the diagonal, the mean.
 #
 # ## Read next
 #
 # - [choosing_a_rule.py](choosing_a_rule.py): what the rules do in training.
-# - [diagnostics.md](../../docs/diagnostics.md): all of these functions, and how to read them.
-# - [layers.md](../../docs/layers.md): what the factors of each kind of layer are.
+# - [diagnostics.md](../../docs/diagnostics.md): these functions, and how to read them.
+# - [layers.md](../../docs/layers.md): the factors of each kind of layer.

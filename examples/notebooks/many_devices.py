@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Many devices
 #
-# Eight devices, and the same training as on one. They are virtual, so that this runs on any
-# machine; JAX makes them if it is told so before it is imported.
+# This notebook trains on eight devices, and gets the same result as on one. The devices are
+# virtual, so it runs on any machine. Set the environment variables before JAX is imported.
 
 # %%
 import os
@@ -28,7 +28,7 @@ print(jax.devices())
 # %% [markdown]
 # ## A model, a loss, a step
 #
-# Nothing here knows of devices.
+# This part does not depend on the devices.
 
 # %%
 model = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(10)])
@@ -71,10 +71,10 @@ state = params, tx.init(params)
 one_device, expected = train(train_step, state, batches)
 
 # %% [markdown]
-# ## Data parallel: place the arrays
+# ## Data parallelism: place the arrays
 #
-# Parameters and the optimizer's state are on every device, and each has an eighth of the batch.
-# The compiler does the rest: what it sums over devices for gradients, it sums for factors.
+# Every device has a copy of the parameters and of the optimizer's state, and an eighth of the
+# batch. The compiler adds the sums over devices, for the gradients and for the factors.
 
 # %%
 mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
@@ -89,7 +89,7 @@ eight_devices, losses = train(train_step, placed_state, placed_batches)
 
 
 # %% [markdown]
-# The losses, and the parameters after the last step, are those of one device up to rounding.
+# The losses, and the parameters after the last step, equal those of one device up to rounding.
 
 
 # %%
@@ -105,8 +105,8 @@ check(eight_devices, losses)
 # %% [markdown]
 # ## `shard_map`: take the mean inside the loss
 #
-# Here your function sees one device's eighth. With the loss averaged over devices before it is
-# differentiated, gradients and factors are the whole batch's.
+# In `shard_map` your function sees an eighth of the batch. Average the loss over devices before it
+# is differentiated. The gradients and factors are then those of the whole batch.
 
 # %%
 over_devices = functools.partial(
@@ -134,8 +134,8 @@ check(mapped, mapped_losses)
 # %% [markdown]
 # ## Without that mean
 #
-# A loss averaged on each device alone has gradients at its outputs that are larger by the number
-# of devices, and `s` is their square.
+# If each device averages the loss over its own examples, the gradients at the outputs are larger by
+# the number of devices. The factor `s` is larger by the square of that number.
 
 
 # %%
@@ -157,8 +157,9 @@ for name in ("h", "s"):
     print(f"{name} is {found / plain:.4f} times as large")
 
 # %% [markdown]
-# The gradients have to be divided, as with any optimizer. The rules use `s` only up to its scale
-# (`"official"` all but), so their steps are then the same.
+# Divide the gradients by the number of devices, as for any optimizer. The factors need no change:
+# `"paper"` and `"centered"` ignore the scale of `s` (`"official"` almost does), so their steps are
+# the same.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -172,8 +173,7 @@ plt.show()
 # %% [markdown]
 # ## Read next
 #
-# - [devices.md](../../docs/devices.md): sharded parameters, several machines, and what factors
-#   add to the communication.
-# - [../many_devices.py](../many_devices.py): the same in two processes, with parameters sharded
-#   too.
-# - [from_adamw.py](from_adamw.py): a train loop that you already have.
+# - [devices.md](../../docs/devices.md): sharded parameters, several machines, and the communication
+#   that factors add.
+# - [../many_devices.py](../many_devices.py): the same in two processes, with sharded parameters.
+# - [from_adamw.py](from_adamw.py): how to convert an existing training loop.

@@ -1,1 +1,1 @@
-"""What a training program needs besides its model and its data."""
+"""What the training programs share: loop, optimizers, settings, checkpoints and records."""

@@ -1,11 +1,11 @@
-"""AdaHessian (Yao et al., arXiv:2006.00719): Adam with the Hessian's diagonal for the gradient's.
+"""AdaHessian (Yao et al., arXiv:2006.00719): Adam with the Hessian's diagonal.
 
-    D_t = z ⊙ H z,  z of random signs          Hutchinson's estimate of diag(H)
+    D_t = z ⊙ H z,  z random signs             Hutchinson's estimate of diag(H)
     m_t = b1 m + (1-b1) g,   v_t = b2 v + (1-b2) D_t²
     θ ← θ - α m̂ / (√v̂ + eps),   m̂ = m / (1-b1^t),   v̂ = v / (1-b2^t)
 
-That is its Algorithm 1 without the averaging of D over a kernel's positions, with Hessian power 1.
-H z is the gradient's derivative along z, from the pass that finds the gradient.
+This is Algorithm 1 of the paper with Hessian power 1, without averaging D over the positions of a
+kernel. H z is the derivative of the gradient along z, computed together with the gradient.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by Orbax: the latest two, written before the next step is taken."""
+"""The last two checkpoints of a run, written by Orbax before the next step starts."""
 
 import pathlib
 from typing import Any, Self
@@ -10,10 +10,10 @@ from examples.training import devices
 
 
 class Checkpoints:
-    """Those in `folder/checkpoints`: arrays, and numbers of the host's beside them."""
+    """The checkpoints in `folder/checkpoints`: arrays, and numbers on the host."""
 
     def __init__(self, folder: pathlib.Path):
-        # Not in the background: the next step is given the arrays' memory.
+        # Not in the background, since the next step reuses the memory of the arrays.
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(folder.resolve() / "checkpoints", options=options)
 
@@ -29,10 +29,10 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**what))
 
     def latest(self, arrays: Any) -> tuple[Any, dict[str, Any]] | None:
-        """What was saved last, in the structure of `arrays`; None if nothing was.
+        """The last checkpoint, in the structure of `arrays`, or None.
 
         Raises:
-          ValueError: if other arrays were saved.
+          ValueError: if the checkpoint has other arrays.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -49,7 +49,7 @@ class Checkpoints:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves by path: Orbax does not know all of the optimizers' own containers."""
+    """The leaves by path, since Orbax does not support every container of the optimizers."""
     return [
         (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,6 +1,6 @@
-"""Peers whose last releases are older than this JAX and optax: stand-ins for what has moved.
+"""Lets other optimizers run whose last releases are older than this JAX and optax.
 
-None of them changes what the packages compute.
+Nothing here changes what those packages compute.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def psgd() -> Any:
-    """The module `psgd_jax.kron`; it imports a module, gone from optax, that it does not use."""
+    """The module `psgd_jax.kron`. It imports, but does not use, a module that optax removed."""
     gone = "optax._src.clipping"
     if gone not in sys.modules:
         sys.modules[gone] = types.ModuleType(gone)
@@ -22,7 +22,7 @@ def psgd() -> Any:
 
 
 def shampoo() -> Any:
-    """The module of optax-shampoo, with the names of JAX it calls by their former places."""
+    """The module of optax-shampoo, with the former names of JAX functions that it calls."""
     module = importlib.import_module("optax_shampoo.distributed_shampoo")
     tree = {f"tree_{name}": getattr(jax.tree, name) for name in ("map", "flatten", "unflatten")}
     module.jax = types.SimpleNamespace(**vars(jax), **tree)
@@ -31,14 +31,14 @@ def shampoo() -> Any:
 
 
 def _while_loop(condition: Any, body: Any, start: Any) -> Any:
-    """A loop whose start is cast to the types it goes on with."""
+    """`jax.lax.while_loop` with the initial values cast to the types of the body's results."""
     wanted = jax.eval_shape(body, start)
     start = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), start, wanted)
     return jax.lax.while_loop(condition, body, start)
 
 
 def kfac() -> Any:
-    """The module `kfac_jax`; it expects an equation's parameters in two parts."""
+    """The module `kfac_jax`. It expects the parameters of an equation in two parts."""
     module = importlib.import_module("kfac_jax")
     matcher = importlib.import_module("kfac_jax._src.tag_graph_matcher")
 

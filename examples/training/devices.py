@@ -1,6 +1,6 @@
-"""Data parallelism over the devices of this process: batches are split, all else is everywhere.
+"""Data parallelism over the devices of this process.
 
-One device is the case of one part.
+Batches are split over the devices. Everything else is replicated.
 """
 
 import functools
@@ -25,10 +25,10 @@ def split() -> NamedSharding:
 
 
 def put_training(batch: Any) -> Any:
-    """The batch, split evenly.
+    """The batch, split evenly over the devices.
 
     Raises:
-      ValueError: if it does not divide.
+      ValueError: if the batch size is not a multiple of the number of devices.
     """
     size, parts = len(jax.tree.leaves(batch)[0]), _mesh().size
     if size % parts:
@@ -37,6 +37,6 @@ def put_training(batch: Any) -> Any:
 
 
 def put_evaluation(batch: Any) -> Any:
-    """The batch, split evenly if it can be: the last of a pass may be of any size."""
+    """The batch, split evenly if possible, since the last batch of a pass may have any size."""
     size, parts = len(jax.tree.leaves(batch)[0]), _mesh().size
     return jax.device_put(batch, everywhere() if size % parts else split())

@@ -1,4 +1,4 @@
-"""When a run has diverged: it then stops, instead of using up its time."""
+"""Detects a run that has diverged, so that it stops early."""
 
 import dataclasses
 import math
@@ -8,12 +8,12 @@ FACTOR, PATIENCE = 2.0, 100
 
 @dataclasses.dataclass
 class Watch:
-    """Sees each step's loss.
+    """Watches the loss of each step.
 
     Attributes:
-      start: the first step's loss.
-      above: how many losses in a row were larger than `FACTOR` times that.
-      verdict: what is wrong, or "".
+      start: the loss of the first step.
+      above: the number of losses in a row above `FACTOR` times `start`.
+      verdict: how the run diverged, or "".
     """
 
     start: float | None = None

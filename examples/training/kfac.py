@@ -1,4 +1,4 @@
-"""kfac-jax's optimizer: a class that compiles its own step and wants to know of the loss."""
+"""kfac-jax's optimizer, which compiles its own step and needs to know the loss function."""
 
 import functools
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def kfac(
     damping: float = 1e-3,
     **options: Any,
 ) -> Optimizer:
-    """K-FAC with kfac-jax's defaults: curvature in each step, inverses in every fifth.
+    """K-FAC with kfac-jax's defaults: curvature at each step, inverses at every fifth.
 
-    Its weight decay is coupled: part of the loss and of the curvature.
+    Weight decay is coupled: it is a part of the loss and of the curvature.
     """
     kfac_jax = compatibility.kfac()
     unit_normal = functools.partial(kfac_jax.register_normal_predictive_distribution, variance=1.0)

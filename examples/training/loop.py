@@ -23,12 +23,12 @@ class Result(NamedTuple):
 
     Attributes:
       status: "finished" or "diverged".
-      message: how it diverged, or "".
-      steps: taken.
-      seconds: of training: without evaluation, checkpoints, and the first step of each start of
-        the program, which compiles.
-      train: the loss and the metrics, means over the steps since the record before.
-      evaluation: means over the held-out data, the latest taken.
+      message: how the run diverged, or "".
+      steps: the number of steps taken.
+      seconds: the training time, without evaluation, checkpoints, and the first step after each
+        start of the program, which compiles.
+      train: means of the loss and the metrics over the steps since the previous record.
+      evaluation: means over the held-out data, from the last evaluation.
     """
 
     status: str
@@ -42,8 +42,8 @@ class Result(NamedTuple):
 def train(task: Task, optimizer: Optimizer, settings: Settings) -> Result:
     """Trains for `settings.steps` steps, in `settings.folder`.
 
-    Where a checkpoint is there it goes on from that, and computes what it would have computed
-    without the stop. A run that diverges stops.
+    Resumes from a checkpoint if there is one. The result is the same as without the interruption.
+    A run that diverges stops.
     """
     folder = pathlib.Path(settings.folder)
     stepper, watch = Stepper(task, optimizer, settings.seed), Watch()
@@ -80,10 +80,10 @@ def train(task: Task, optimizer: Optimizer, settings: Settings) -> Result:
 
 
 def _next_stop(step: int, settings: Settings) -> int:
-    """The next step after which something is to be done.
+    """The next step after which a record, an evaluation or a checkpoint is due.
 
-    Each also ends what a record is a mean of: a run that goes on from a checkpoint knows nothing
-    of the steps before it.
+    Each of them ends the range of a record's means, since a resumed run does not know the steps
+    before its checkpoint.
     """
     intervals = settings.log_every, settings.evaluate_every, settings.checkpoint_every
     return min(settings.steps, *((step // every + 1) * every for every in intervals))
@@ -94,7 +94,7 @@ def _is_due(step: int, every: int, settings: Settings) -> bool:
 
 
 def _mean(task: Task, evaluate: Any, params: Any, model_state: Any) -> dict[str, float]:
-    """Metrics over the held-out data: their sums, divided by the number of examples."""
+    """The means of the metrics over the examples of the held-out data."""
     sums: dict[str, float] = {}
     for batch in task.eval_batches():
         for name, value in evaluate(params, model_state, devices.put_evaluation(batch)).items():

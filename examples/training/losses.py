@@ -1,4 +1,4 @@
-"""Losses, known to the optimizers that ask for them."""
+"""Losses that report themselves to optimizers which need to know them, such as K-FAC."""
 
 import contextlib
 import contextvars
@@ -16,16 +16,16 @@ _reports: contextvars.ContextVar[Reports] = contextvars.ContextVar("_reports", d
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean over all labels, in float32; `labels` has all axes of `logits` but the last."""
+    """The mean over all labels, in float32; `labels` has the axes of `logits` without the last."""
     logits = logits.astype(jnp.float32)
     if report := _reports.get().get(cross_entropy):
-        # K-FAC divides its sum by the number of examples, and a sequence has several labels.
+        # K-FAC divides the sum by the number of examples, but a sequence has several labels.
         report(logits, labels, weight=len(labels) / labels.size)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Half the squared distance, the mean over examples, in float32."""
+    """The mean over examples of half the squared distance, in float32."""
     outputs = outputs.astype(jnp.float32)
     if report := _reports.get().get(squared_error):
         report(outputs, targets)
@@ -34,9 +34,9 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def reported_to(reports: Reports) -> Iterator[None]:
-    """Where a report is told of every such loss that is traced: of its arguments, and a weight.
+    """A context in which every traced loss calls its report with its arguments and a weight.
 
-    kfac-jax needs to know where the model's distribution is; the others do not care.
+    kfac-jax needs this to find the distribution of the model. Other optimizers do not.
     """
     token = _reports.set(reports)
     try:

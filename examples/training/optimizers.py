@@ -1,7 +1,7 @@
 """Optimizers by name.
 
-`weight_decay` shrinks weights by `rate * weight_decay` in each step, apart from the gradient, but
-for `sgd` and `kfac`, where it is customary to make it part of the gradient.
+`weight_decay` is decoupled: each step shrinks the weights by `rate * weight_decay`. As is usual,
+`sgd` and `kfac` add it to the gradient instead.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ Schedule = Callable[[Any], Any]
 def make(
     name: str, rate: float | Schedule, task: Task, weight_decay: float = 0.0, **options: Any
 ) -> Optimizer:
-    """The optimizer of that name, for a task.
+    """The optimizer with a given name, for a task.
 
     Args:
       name: one of `NAMES`.
-      rate: the learning rate, or of a step the learning rate.
-      task: what it trains.
+      rate: the learning rate, or a schedule.
+      task: the task to train.
       weight_decay: see above.
-      **options: further ones of the optimizer's own, by keyword.
+      **options: further options of the optimizer.
 
     Raises:
-      ValueError: if there is no such name.
-      RuntimeError: from `init` or `step` if the optimizer does not work with this task's model.
+      ValueError: if the name is unknown.
+      RuntimeError: from `init` or `step`, if the optimizer fails on the model of the task.
     """
     if name not in NAMES:
         raise ValueError(f"no optimizer {name!r}; there are {', '.join(NAMES)}")
@@ -50,7 +50,7 @@ def make(
 
 @contextlib.contextmanager
 def _blaming(name: str, task: Task) -> Iterator[None]:
-    """Says which optimizer failed on which model, whatever it raised."""
+    """Turns any exception into one that names the optimizer and the task."""
     try:
         yield
     except Exception as error:
@@ -59,7 +59,7 @@ def _blaming(name: str, task: Task) -> Iterator[None]:
 
 
 def of_optax(alias: Callable[..., Any]) -> Callable[..., Optimizer]:
-    """From an alias of optax with decoupled weight decay."""
+    """An optimizer from an alias of optax that has decoupled weight decay."""
 
     def optimizer(task: Task, rate: Schedule, weight_decay: float, **options: Any) -> Optimizer:
         tx = alias(rate, weight_decay=weight_decay, **options)
@@ -74,16 +74,16 @@ def sgd(task: Task, rate: Schedule, weight_decay: float, momentum: float = 0.9) 
 
 
 def adafactor(task: Task, rate: Schedule, weight_decay: float, **options: Any) -> Optimizer:
-    """Its own decay is not multiplied by the rate, so the rate is given along."""
+    """Adafactor, with the weight decay multiplied by the rate, which optax does not do."""
     decay = lambda step: rate(step) * weight_decay  # noqa: E731
     tx = optax.adafactor(rate, weight_decay_rate=decay, **options)
     return of_transformation(tx, of_gradients(task))
 
 
 def muon(task: Task, rate: Schedule, weight_decay: float, **options: Any) -> Optimizer:
-    """The kernels of dense layers and convolutions by Muon, the rest by AdamW.
+    """Muon for the kernels of dense layers and convolutions, AdamW for the rest.
 
-    Both make steps of one size (`consistent_rms`), so one rate serves both.
+    With `consistent_rms` the steps of both have the same size, so both use one rate.
     """
     options = {"consistent_rms": 0.2, "muon_weight_dimension_numbers": _kernels(task)} | options
     decay = {"weight_decay": weight_decay, "adam_weight_decay": weight_decay}
@@ -92,7 +92,7 @@ def muon(task: Task, rate: Schedule, weight_decay: float, **options: Any) -> Opt
 
 
 def _kernels(task: Task) -> Any:
-    """For each parameter, None or the axes of its matrix: convolutions and stacks have more."""
+    """For each parameter, the axes of inputs and outputs of its matrix, or None."""
     axes = {
         layer.weight.path: optax.contrib.MuonDimensionNumbers(
             layer.ins, tuple(i for i in layer.inner if i not in layer.ins)
@@ -119,7 +119,7 @@ def psgd(task: Task, rate: Schedule, weight_decay: float, **options: Any) -> Opt
 
 
 def shampoo(task: Task, rate: Schedule, weight_decay: float, **options: Any) -> Optimizer:
-    """Distributed Shampoo (optax-shampoo) in blocks of 128, its roots taken in every tenth step."""
+    """Distributed Shampoo (optax-shampoo) in blocks of 128, with new roots at every tenth step."""
     options = {"block_size": 128, "preconditioning_compute_steps": 10} | options
     decay = {"weight_decay": weight_decay, "decoupled_weight_decay": True}
     tx = compatibility.shampoo().distributed_shampoo(rate, **decay, **options)

@@ -1,4 +1,4 @@
-"""The numbers of a run: a line of JSON each, and the same for TensorBoard."""
+"""The records of a run, as lines of JSON and for TensorBoard."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ NAME = "metrics.jsonl"
 class Records:
     """Appends to `metrics.jsonl` and to TensorBoard's files in a folder.
 
-    A run that goes on from step `start` first drops what was recorded of later steps: they are
+    A run that resumes from step `start` first drops the records of later steps, which will be
     taken again.
     """
 
@@ -32,7 +32,7 @@ class Records:
         self._board.close()
 
     def write(self, step: int, seconds: float, kind: str, values: dict[str, float]) -> None:
-        """Numbers of a step, after so many seconds of training; named as in `"train/loss"`."""
+        """Writes the values of a step under names such as `"train/loss"`."""
         named = {f"{kind}/{name}": value for name, value in values.items()}
         self._append({"step": step, "seconds": round(seconds, 3), **named})
         for name, value in named.items():
@@ -44,6 +44,6 @@ class Records:
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run; one cut off at the end, by a run that was killed, is left out."""
+    """The records of a run, without an incomplete last line."""
     lines = (folder / NAME).read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]

@@ -1,11 +1,11 @@
-"""How a run ended, as a table."""
+"""The result of a run as a table."""
 
 from examples.training.loop import Result
 from examples.training.settings import Settings
 
 
 def table(settings: Settings, result: Result, more: dict[str, float] | None = None) -> str:
-    """A row for each number of the result, and of `more`."""
+    """A table with a row for each number of the result and of `more`."""
     rows = {
         "optimizer": f"{settings.optimizer}, rate {settings.rate:g}",
         "status": f"{result.status} {result.message}".strip(),

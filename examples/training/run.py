@@ -1,4 +1,4 @@
-"""A whole run: its settings made definite, its optimizer, its folder and its result."""
+"""A complete run: settings, optimizer, folder and result."""
 
 import contextlib
 import dataclasses
@@ -21,14 +21,14 @@ TRIAL_STEPS, TRIAL_SHARE = 20, 0.02
 
 
 def run(task: Task, settings: Settings) -> Result:
-    """Trains the task as the settings say.
+    """Trains the task with the settings.
 
-    Its folder gets `settings.toml`, `metrics.jsonl`, TensorBoard's files, `checkpoints/` and, at
-    the end, `result.json`. In the folder of a run that was stopped it goes on; that of one that
-    has ended gives its result.
+    Writes `settings.toml`, `metrics.jsonl`, TensorBoard's files, `checkpoints/` and, at the end,
+    `result.json` into the folder of the run. If the folder has an interrupted run, resumes it. If
+    the folder has a complete run, returns its result.
 
     Raises:
-      ValueError: if the folder's run has other settings, or there is no such optimizer.
+      ValueError: if the run in the folder has other settings, or the optimizer is unknown.
     """
     if not settings.folder:
         name = f"{task.name}-{settings.optimizer.replace(':', '-')}"
@@ -49,13 +49,13 @@ def run(task: Task, settings: Settings) -> Result:
 
 
 def schedule(settings: Settings) -> optax.Schedule:
-    """From zero up to the rate, then half a cosine down to zero."""
+    """A linear warm-up from zero to the rate, then half a cosine down to zero."""
     rising = round(settings.warmup * settings.steps)
     return optax.warmup_cosine_decay_schedule(0.0, settings.rate, rising, settings.steps)
 
 
 def _steps(task: Task, settings: Settings) -> int:
-    """How many steps the run has."""
+    """The number of steps of the run."""
     if settings.epochs is not None:
         return settings.epochs * task.steps_per_epoch
     if settings.seconds is not None:
@@ -64,9 +64,10 @@ def _steps(task: Task, settings: Settings) -> int:
 
 
 def _steps_within(task: Task, settings: Settings) -> int:
-    """How many steps take the seconds that are given: some are tried first.
+    """The number of steps that fit into `settings.seconds`, estimated from a trial.
 
-    Known before the run begins, so that its schedule ends with it, and it can be done again.
+    The number is fixed before the run starts. So the schedule ends with the run, and the run can be
+    repeated.
     """
     trial = Stepper(task, _optimizer(task, settings, settings.rate), settings.seed)
     trial.advance(1)
@@ -83,9 +84,9 @@ def _optimizer(task: Task, settings: Settings, rate: Any) -> Any:
 
 
 def _as_begun(task: Task, settings: Settings) -> Settings:
-    """The settings of the run that was begun in the folder, if they are these."""
+    """The settings of the run in the folder, if they equal these."""
     begun = type(settings).from_file(pathlib.Path(settings.folder) / SETTINGS)
-    if settings.seconds is not None:  # another trial would find another number
+    if settings.seconds is not None:  # a second trial would give another number
         settings = _but(settings, steps=begun.steps, seconds=None)
     settings = _but(settings, steps=_steps(task, settings), epochs=None)
     names = [field.name for field in dataclasses.fields(settings)]

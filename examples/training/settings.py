@@ -1,4 +1,4 @@
-"""What a run can be told, by flags or in a file, and how it is stored."""
+"""The settings of a run, from flags or a file."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from examples.training.optimizers import NAMES
 
 
 def setting(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """A field with its flag's help."""
+    """A dataclass field with the help text of its flag."""
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -23,24 +23,22 @@ DEFAULT_STEPS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every run can be told; a program adds fields of its own in a subclass."""
+    """The settings of every run; a program adds its own fields in a subclass."""
 
-    optimizer: str = setting("adafisher:centered", "its name", tuple(NAMES))
-    rate: float = setting(3e-2, "peak learning rate; this one is for adafisher:centered")
-    weight_decay: float = setting(0.0, "see docs/training.md")
-    option: tuple[str, ...] = setting((), "the optimizer's own: refresh_every=10 damping=0.1")
-    warmup: float = setting(0.05, "share of the steps in which the rate rises; then a cosine")
-    steps: int | None = setting(None, f"train so many steps ({DEFAULT_STEPS} if no end is given)")
-    epochs: int | None = setting(None, "or so many passes over the data")
-    seconds: float | None = setting(None, "or as many steps as take so long, compilation apart")
+    optimizer: str = setting("adafisher:centered", "the optimizer", tuple(NAMES))
+    rate: float = setting(3e-2, "peak learning rate; the default is for adafisher:centered")
+    weight_decay: float = setting(0.0, "decoupled, except for sgd and kfac (docs/training.md)")
+    option: tuple[str, ...] = setting((), "options of the optimizer, such as refresh_every=10")
+    warmup: float = setting(0.05, "share of the steps in which the rate rises")
+    steps: int | None = setting(None, f"length of the run in steps (default: {DEFAULT_STEPS})")
+    epochs: int | None = setting(None, "length of the run in passes over the data")
+    seconds: float | None = setting(None, "length of the run in seconds, without compilation")
     batch: int = setting(64, "examples in a batch")
-    seed: int = setting(0, "of parameters, batches and dropout")
+    seed: int = setting(0, "seed for parameters, batches and dropout")
     log_every: int = setting(10, "steps between two records")
     evaluate_every: int = setting(100, "steps between two evaluations")
     checkpoint_every: int = setting(100, "steps between two checkpoints")
-    folder: str = setting(
-        "", "the run's own; one that was begun there goes on (default: a new one)"
-    )
+    folder: str = setting("", "folder of the run, to write or resume (default: a new one)")
 
     def __post_init__(self) -> None:
         given = [name for name in ENDS if getattr(self, name) is not None]
@@ -59,12 +57,12 @@ class Settings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the optimizer, by name; values are read as JSON, or else are strings."""
+        """The options of the optimizer by name; a value is JSON or else a string."""
         return {name: _value(text) for name, _, text in (o.partition("=") for o in self.option)}
 
     @classmethod
     def from_flags(cls, argv: Sequence[str] | None = None, description: str | None = None) -> Self:
-        """Those of the command line, and of the file it names with `--config`; flags win."""
+        """The settings from the command line and the `--config` file; flags override the file."""
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--config", help="a TOML file of settings; flags override it")
         for field in dataclasses.fields(cls):
@@ -85,10 +83,10 @@ class Settings:
 
     @classmethod
     def _read(cls, path: str | pathlib.Path) -> dict[str, Any]:
-        """The file's settings.
+        """The settings in a file.
 
         Raises:
-          ValueError: for one that is not known, or not of its type.
+          ValueError: if a setting is unknown or has the wrong type.
         """
         values = tomllib.loads(pathlib.Path(path).read_text())
         known = [field.name for field in dataclasses.fields(cls)]
@@ -101,11 +99,11 @@ class Settings:
         return {name: _plain(value) for name, value in values.items()}
 
     def to_toml(self) -> str:
-        """A file for `--config`."""
+        """The settings as text for a `--config` file."""
         values = {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None
         }
-        # Numbers, strings and lists of them are written alike in JSON and TOML.
+        # JSON and TOML have the same syntax for numbers, strings and lists of them.
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
 
@@ -113,7 +111,7 @@ _ACCEPTED = {int: int, float: (int, float), str: str, bool: bool, tuple: list}
 
 
 def _kind(cls: type, name: str) -> type:
-    """Of `int | None` int, of `tuple[str, ...]` tuple."""
+    """The type of a field: `int` for `int | None`, `tuple` for `tuple[str, ...]`."""
     hint = typing.get_type_hints(cls)[name]
     if type(None) in typing.get_args(hint):
         hint = typing.get_args(hint)[0]
@@ -132,7 +130,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: Any, kind: type) -> None:
     if kind is tuple:
         how = {"nargs": "*"}
     flag = "--" + field.name.replace("_", "-")
-    # Suppressed, so that only what was given overrides the file.
+    # Suppressed, so that only given flags override the file.
     parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 

@@ -1,4 +1,4 @@
-"""Takes training steps, and the time they take."""
+"""Takes and times training steps."""
 
 import time
 from typing import Any
@@ -15,8 +15,8 @@ class Stepper:
 
     Attributes:
       state: parameters, model state and optimizer's state.
-      step: how many steps were taken.
-      seconds: how long they took, batches included; without the first that this object took,
+      step: the number of steps taken.
+      seconds: the time of the steps with their batches, without the first step of this object,
         which compiles.
     """
 
@@ -27,7 +27,7 @@ class Stepper:
         batch = devices.put_training(next(task.train_batches(0)))
         init = jax.jit(task.init, out_shardings=devices.everywhere())
         params, model_state = init(key)
-        # Placed as the step leaves it, or the second step would be compiled again.
+        # Placed like the result of a step; otherwise the second step would compile again.
         opt_state = jax.device_put(
             optimizer.init(params, model_state, batch, key), devices.everywhere()
         )
@@ -36,11 +36,11 @@ class Stepper:
         self._batches: Any = None
 
     def go_on(self, state: Any, step: int, seconds: float) -> None:
-        """From a checkpoint."""
+        """Continues from a checkpoint."""
         self.state, self.step, self.seconds = state, step, seconds
 
     def advance(self, step: int) -> list[dict[str, float]]:
-        """Takes the steps up to this one; returns the loss and the metrics of each."""
+        """Takes all steps up to `step`; returns the loss and the metrics of each."""
         found = []
         start = time.perf_counter()
         while self.step < step:

@@ -1,4 +1,4 @@
-"""One training step, of whatever optimizer."""
+"""A training step, for any optimizer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ class Optimizer(NamedTuple):
     """An optimizer for a task.
 
     Attributes:
-      init: of parameters, model state, a batch and a key: the optimizer's state.
-      step: of parameters, model state, optimizer's state, a batch and a key: `(params,
-        model_state, opt_state, loss, metrics)`. Compiled; the first three are given away.
+      init: `(params, model_state, batch, key)` to the optimizer's state.
+      step: `(params, model_state, opt_state, batch, key)` to `(params, model_state, opt_state,
+        loss, metrics)`. Compiled; the first three arguments are donated.
     """
 
     init: Callable[..., Any]
@@ -25,12 +25,12 @@ class Optimizer(NamedTuple):
 
 
 def of_transformation(tx: Any, find: Callable[..., Any]) -> Optimizer:
-    """An optimizer whose updates are those of an optax transformation.
+    """An optimizer from an optax transformation.
 
     Args:
       tx: the transformation.
-      find: of parameters, model state, optimizer's state, batch and key: `((loss, (model_state,
-        metrics)), grads, extra)`, the last a dict of further arguments of `tx.update`.
+      find: `(params, model_state, opt_state, batch, key)` to `((loss, (model_state, metrics)),
+        grads, extra)`, where `extra` is a dict of extra arguments for `tx.update`.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -44,14 +44,14 @@ def of_transformation(tx: Any, find: Callable[..., Any]) -> Optimizer:
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), model_state, opt_state, loss, metrics
 
-    # Pinned, or the first step would leave its results where the second, compiled again for it,
-    # might put them elsewhere.
+    # With fixed shardings the results of the first step fit the second; otherwise the second would
+    # compile again.
     pinned = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=devices.everywhere())
     return Optimizer(init, pinned)
 
 
 def of_gradients(task: Task) -> Callable[..., Any]:
-    """The `find` of transformations that want gradients alone."""
+    """The `find` for transformations that need only gradients."""
     value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
 
     def find(params, model_state, opt_state, batch, key):
@@ -61,7 +61,7 @@ def of_gradients(task: Task) -> Callable[..., Any]:
 
 
 def of_factors(task: Task, refresh_every: int = 1) -> Callable[..., Any]:
-    """The `find` of AdaFisher, with factors in every so-many-th step, the first included."""
+    """The `find` for AdaFisher, with factors at the first step and every `refresh_every`-th."""
 
     def find(params, model_state, opt_state, batch, key):
         due = refresh_every == 1 or _steps(opt_state) % refresh_every == 0

@@ -1,4 +1,4 @@
-"""What is trained: the one interface between a model with its data and everything else here."""
+"""The interface between a model with its data and the training programs."""
 
 import dataclasses
 import functools
@@ -20,16 +20,16 @@ class Task:
     """A model, its loss and its data.
 
     Attributes:
-      name: for messages and folders.
-      init: of a random key: the parameters, and the model's other collections (`{}` if none).
-      loss: of parameters, model state, a batch and a random key, in training: `(loss,
-        (model_state, metrics))`. Pure. The loss and the metrics are means over the batch.
-      evaluate: of parameters, model state and a batch: metrics as sums over its examples, and
-        their number as `"count"`. The last batch of a pass may be smaller.
-      train_batches: the batches of step `start`, `start + 1` and so on, without end. A batch
-        depends only on the seed and its step, so that a run that goes on sees what it would have.
-      eval_batches: the batches of one pass over the held-out data.
-      steps_per_epoch: how many training batches are a pass over the training data.
+      name: the name of the task, for messages and folders.
+      init: `(key)` to the parameters and the other collections of the model (`{}` if none).
+      loss: `(params, model_state, batch, key)` to `(loss, (model_state, metrics))`, in training. A
+        pure function. The loss and the metrics are means over the batch.
+      evaluate: `(params, model_state, batch)` to the sums of the metrics over the examples, and
+        the number of examples as `"count"`. The last batch of a pass may be smaller.
+      train_batches: `(start)` to an endless iterator over the batches of step `start`, `start + 1`
+        and so on. A batch depends only on the seed and the step, so that a run can resume.
+      eval_batches: `()` to the batches of one pass over the held-out data.
+      steps_per_epoch: the number of batches in one pass over the training data.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Task:
 
     @functools.cached_property
     def layout(self) -> af.Layout:
-        """The layers that the loss calls, for AdaFisher and to be printed."""
+        """The layout of the loss, for AdaFisher and for printing."""
         key = jax.random.key(0)
         return af.trace_layout(
             self.loss, *jax.eval_shape(self.init, key), next(self.train_batches(0)), key

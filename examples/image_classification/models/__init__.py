@@ -1,8 +1,7 @@
 """The models of the paper's image experiments, by name.
 
-All are called as `model.apply(variables, images, train)`, with images (examples, side, side,
-channels). Arithmetic is in `dtype`, parameters are float32. The layer that makes the logits is
-named `head`.
+A model is called as `model.apply(variables, images, train)`, with images of shape (examples, side,
+side, channels). Arithmetic is in `dtype`, parameters are float32. The last layer is named `head`.
 """
 
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ NAMES = (*CONVOLUTIONAL, *TRANSFORMERS)
 
 
 def by_name(name, classes, image_size, dtype=jnp.float32):
-    """Builds a model, fit for the size of the images: those up to 64 pixels count as small."""
+    """Builds a model for images of a given size; up to 64 pixels count as small."""
     small = image_size <= 64
     if name in CONVOLUTIONAL:
         return CONVOLUTIONAL[name](classes, small_images=small, dtype=dtype)

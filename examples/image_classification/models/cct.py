@@ -1,6 +1,6 @@
 """Compact convolutional transformer (Hassani et al., 2021, arXiv:2104.05704).
 
-CCT-2/3x2 has 2 transformer layers over tokens made by 2 convolutions of size 3x3.
+CCT-2/3x2 makes tokens with 2 convolutions of size 3x3, and has 2 transformer layers.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from examples.image_classification.models.transformer import (
 
 
 class Tokenizer(nn.Module):
-    """Each convolution is followed by a pooling that halves the side."""
+    """Convolutions, each followed by a pooling that halves the side."""
 
     features: tuple[int, ...]
     size: int
@@ -40,7 +40,7 @@ class Tokenizer(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """As released by its authors: the second normalization is on the residual path."""
+    """As in the authors' code: the second normalization is on the residual path."""
 
     heads: int
     drop: float
@@ -56,7 +56,7 @@ class EncoderLayer(nn.Module):
 
 
 class SequencePooling(nn.Module):
-    """A mean over tokens with weights of their own making, in place of a class token."""
+    """A weighted mean over tokens in place of a class token; the tokens determine the weights."""
 
     dtype: Any
 
@@ -72,7 +72,7 @@ class CCT(nn.Module):
     size: int = 3
     layers: int = 2
     heads: int = 2
-    drop: float = 0.1  # of the last layer; the first has none
+    drop: float = 0.1  # drop rate of the last layer; the first layer has none
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""A convolution and its batch normalization, from which the convolutional models are built."""
+"""A convolution with batch normalization, the building block of the convolutional models."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ he_normal_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class ConvNorm(nn.Module):
-    """No bias: the normalization has its own."""
+    """A convolution without bias, since the normalization has one."""
 
     features: int
     size: int

@@ -10,7 +10,7 @@ from examples.image_classification.models.conv_norm import ConvNorm
 
 
 class Row(NamedTuple):
-    """One inverted residual of the tables; `squeeze`: with squeeze-excite."""
+    """One inverted residual block of the tables; `squeeze` adds squeeze-excite."""
 
     size: int
     expanded: int
@@ -53,7 +53,7 @@ LARGE = (
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a function of all channels' means over the image."""
+    """Scales each channel by a function of the means of all channels over the image."""
 
     dtype: Any
 
@@ -67,13 +67,13 @@ class SqueezeExcite(nn.Module):
 
 
 def _multiple_of_eight(channels):
-    """The nearest, unless that takes away more than a tenth."""
+    """The nearest multiple of eight, or the next one if that loses more than a tenth."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 class InvertedResidual(nn.Module):
-    """Widens, convolves each channel on its own, and narrows without an activation."""
+    """Expands, applies a depthwise convolution, and projects without an activation."""
 
     row: Row
     strides: int
@@ -94,7 +94,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """`small_images`: as for CIFAR, without the first two reductions of the resolution."""
+    """`small_images` omits the first two downsampling steps, as for CIFAR."""
 
     rows: tuple[Row, ...]
     hidden: int

@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Its 3x3 convolution is a fourth as wide as what it passes on."""
+    """A block whose 3x3 convolution has a fourth of the channels of the output."""
 
     width: int
     strides: int
@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """`small_images`: as for CIFAR, where the stem keeps the resolution."""
+    """`small_images` uses a stem that preserves the resolution, as for CIFAR."""
 
     stages: tuple[int, ...]
     block: type[nn.Module]

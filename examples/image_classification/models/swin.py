@@ -27,7 +27,7 @@ def to_windows(x, window):
 
 
 def from_windows(x, side):
-    """Undoes `to_windows`."""
+    """The inverse of `to_windows`."""
     examples, windows, area, channels = x.shape
     across, window = round(windows**0.5), round(area**0.5)
     x = x.reshape(examples, across, across, window, window, channels).swapaxes(2, 3)
@@ -35,14 +35,14 @@ def from_windows(x, side):
 
 
 def relative_positions(window):
-    """The number of each pair's offset within a window, (window², window²)."""
+    """The index of the offset between each pair in a window, (window², window²)."""
     rows, columns = (grid.reshape(-1) for grid in np.mgrid[:window, :window])
     down, right = (axis[:, None] - axis[None] + window - 1 for axis in (rows, columns))
     return down * (2 * window - 1) + right
 
 
 def shift_bias(side, window, shift):
-    """Keeps apart what a cyclic shift brought together, (windows, 1, window², window²)."""
+    """Masks pairs that only a cyclic shift made neighbours, (windows, 1, window², window²)."""
     part = np.digitize(np.arange(side), [side - window, side - shift])
     regions = 3 * part[:, None] + part[None]
     regions = to_windows(regions[None, :, :, None], window)[0, :, :, 0]
@@ -112,7 +112,7 @@ class Swin(nn.Module):
     width: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
-    drop: float = 0.2  # of the last block; the first has none
+    drop: float = 0.2  # drop rate of the last block; the first block has none
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""What the two vision transformers have in common."""
+"""Modules that both vision transformers use."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ small_normal = nn.initializers.truncated_normal(0.02)
 
 
 class SelfAttention(nn.Module):
-    """Over the axis before the last; `bias` is added to the logits, (…, heads, rows, rows)."""
+    """Self-attention over the second to last axis, with a bias, (…, heads, tokens, tokens)."""
 
     heads: int
     dropout: float
@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Leaves out a residual branch for whole examples, in training."""
+    """Drops a residual branch for random examples in training."""
 
     rate: float
 

@@ -37,7 +37,8 @@ def main(arguments: argparse.Namespace) -> None:
     wanted = [
         dataclasses.replace(one, seed=seed)
         for what in arguments.ladders
-        for size in arguments.sizes or LADDERS[what]
+        for size in LADDERS[what]
+        if not arguments.sizes or size in arguments.sizes
         for name in arguments.optimizers
         for one in _trials(f"{what} {size}", name, arguments.rates)
         for seed in range(arguments.seeds)

@@ -85,7 +85,7 @@ def _tell(new, arguments):
     seconds = json.loads(path.read_text()) if path.exists() else {}
     found = tables.timed(sorted(rows.values(), key=tables.place), seconds)
     content = under | {"date": report.now(), "rows": found}
-    (out / "table.json").write_text(json.dumps(content) + "\n")
+    (out / "table.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
     command = "python -m benchmarks targets"
     report.store(out / "summary.json", tables.summary(found), under, command)
     report.draw(out / "profiles.png", tables.profiles, found, under["machine"])

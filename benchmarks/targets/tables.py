@@ -16,6 +16,7 @@ from benchmarks.targets.tasks import HELD_BACK, TASKS
 NEAR, MOST = 1.25, 4  # times the fewest steps
 AGAINST = REFERENCE, "muon", "soap", "nadamw_cut"
 IN_SECONDS = "adamw"
+TITLES = {"train": "training loss", "held_out": "held-out loss"}
 Row = dict[str, Any]
 
 
@@ -56,13 +57,13 @@ def _row(task, optimizer, targets, curves, effort):
 
 
 def _plain(value):
-    """Whole numbers as such, five digits of others, None for what is infinite."""
+    """Whole numbers as such, four digits of others, None for what is infinite."""
     if isinstance(value, list):
         return [_plain(one) for one in value]
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        return int(value) if value.is_integer() else float(f"{value:.5g}")
+        return int(value) if value.is_integer() else float(f"{value:.4g}")
     return value
 
 
@@ -165,7 +166,7 @@ def profiles(figure: Any, found: Sequence[Row]) -> None:
                 ls=["-", "--", ":"][index // len(COLOURS)],
                 lw=2.2 if name == CENTERED else 1.2,
             )
-        axes.set(title=f"{loss.replace('_', '-')} loss", xlabel="steps over the fewest")
+        axes.set(title=TITLES[loss], xlabel="steps over the fewest")
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, NEAR, 2, 4], ["1", str(NEAR), "2", "4"])
         axes.set_xlim(1, MOST)

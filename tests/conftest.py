@@ -1,15 +1,12 @@
 """A strict session: float64 where a test asks for it, no silent rank promotion."""
 
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +29,22 @@ def x(x64):
     return jnp.array([[0.3, -1.2, 0.7], [1.5, 0.2, -0.4], [0.1, 0.9, 2.0], [-0.6, 0.5, -1.1]])
 
 
-@pytest.fixture
-def golden():
-    """The folder of recorded trajectories, where it lies beside the project."""
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip("the recorded trajectories (../shared/golden) are not beside this checkout")
-    return folder
+def share(text):
+    """`I/N`, the Ith of N."""
+    one, of = map(int, text.split("/"))
+    if not 1 <= one <= of:
+        raise ValueError(text)
+    return one, of
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow-share", metavar="I/N", type=share, help="one of N parts of slow tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests are dealt out in turn, so that those of one file, alike, go to all shares."""
+    one, of = config.getoption("slow_share") or (1, 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = {*slow} - {*slow[one - 1 :: of]}
+    config.hook.pytest_deselected(items=[item for item in slow if item in others])
+    items[:] = [item for item in items if item not in others]

@@ -1,0 +1,571 @@
+"""Which uses of a parameter count as products of it, and which are listed with their reason."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+import adafisher_jax as af
+from tests.support.reference import fast_jit
+
+RNG = np.random.default_rng(3)
+REARRANGED = "only a slice or a rearrangement of it reaches its layer"
+COMPUTED = "no layer of a known kind uses it as it is"
+TRANSFORMED = "transformed before its layer uses it"
+SEVERAL = "used by several layers that differ in their bias or axes"
+OWN_RULE = "used inside a function with its own derivative rule"
+OF_PARAMETERS = "multiplied by another parameter before any data"
+COMPLEX = "complex, for which the factors are not defined"
+
+
+def real(*shape):
+    return RNG.normal(size=shape)
+
+
+@pytest.fixture(autouse=True)
+def _plain_numpy_rules(x64):
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def loss_of(y):
+    return jnp.sum(jnp.sin(y) * (1 + jnp.arange(y.size, dtype=y.dtype).reshape(y.shape))) / len(y)
+
+
+def cotangents(y):
+    return jax.grad(loss_of)(y)
+
+
+def listed(loss_fn, params, *args):
+    return {one.leaf.path: one.reason for one in af.trace_layout(loss_fn, params, *args).uncovered}
+
+
+def captured(loss_fn, params, *args):
+    """The layout and factors of a loss, whose gradient is JAX's own."""
+    params, args = jax.tree.map(jnp.asarray, (params, args))
+    layout = af.trace_layout(loss_fn, params, *args)
+
+    def both(*args):
+        return af.value_and_grad(loss_fn, layout)(*args), jax.grad(loss_fn)(*args)
+
+    (_, grads, factors), wanted = fast_jit(both)(params, *args)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), grads, wanted
+    )
+    return layout, factors
+
+
+def assert_rows(factor, inputs, outputs):
+    """Whether a dense factor is that of some rows of inputs and of output cotangents."""
+    inputs, outputs = (
+        jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in of]) for of in (inputs, outputs)
+    )
+    assert factor.rows == len(inputs) == len(outputs)
+    for found, wanted in (
+        (factor.h, inputs**2),
+        (factor.s, outputs**2),
+        (factor.mean, inputs),
+    ):
+        np.testing.assert_allclose(found.reshape(-1), wanted.mean(0), rtol=1e-9, atol=1e-12)
+
+
+X = real(4, 5)
+SQUARE = {"w": real(5, 5)}
+MAP = {"w": real(5, 3)}
+
+
+@jax.custom_vjp
+def own_vjp(x, w):
+    return x @ w
+
+
+own_vjp.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+
+@jax.custom_jvp
+def own_jvp(x, w):
+    return x @ w
+
+
+own_jvp.defjvp(lambda p, t: (p[0] @ p[1], t[0] @ p[1] + p[0] @ t[1]))
+
+V = jnp.ones(5)
+HALF = {
+    "a function of it": (lambda w, x: x @ jnp.tanh(w), COMPUTED),
+    "a slice of it": (lambda w, x: x[:, :3] @ w[:3], REARRANGED),
+    "back to front": (lambda w, x: x @ w[::-1], REARRANGED),
+    "divided by its norm": (lambda w, x: x @ (w / jnp.linalg.norm(w)), TRANSFORMED),
+    "divided by what it makes of data": (
+        lambda w, x: x @ (w / jnp.linalg.norm(V @ w)),
+        TRANSFORMED,
+    ),
+    "divided by its largest singular value": (lambda w, x: x @ (w / (V @ w @ V)), TRANSFORMED),
+    "transposed": (lambda w, x: x @ w.T, SEVERAL),
+    "copies of it": (
+        lambda w, x: jnp.matmul(x[None], jnp.broadcast_to(w, (2, *w.shape))),
+        "repeated before its layer uses it",
+    ),
+    "beside another": (lambda w, x: x @ jnp.concatenate([w, w]).reshape(2, 5, 5)[0], COMPUTED),
+    "own reverse rule": (lambda w, x: own_vjp(x, w), OWN_RULE),
+    "own forward rule": (lambda w, x: own_jvp(x, w), OWN_RULE),
+    "complex": (lambda w, x: jnp.abs((x + 1j * x) @ w), COMPLEX),
+    "batch groups": (
+        lambda w, x: lax.conv_general_dilated(
+            jnp.ones((10, 3, 5)),
+            w[None],
+            (1,),
+            "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            batch_group_count=5,
+        ),
+        "the kernel of a convolution in batch groups",
+    ),
+}
+
+
+ALONE = [(name, False) for name, (_, why) in HALF.items() if why != SEVERAL]
+
+
+@pytest.mark.parametrize(("name", "beside"), [*ALONE, *((name, True) for name in HALF)])
+def test_a_use_that_cannot_be_captured_is_never_left_out(name, beside):
+    use, why = HALF[name]
+
+    def loss_fn(params, x):
+        plain = loss_of(x @ params["w"]) if beside else 0.0
+        return plain + loss_of(use(params["w"], x)) + loss_of(x @ params["v"])
+
+    assert listed(loss_fn, SQUARE | {"v": real(5, 2)}, X) == {"w": why}
+
+
+REGULAR = {
+    "squares": lambda w: jnp.sum(w**2),
+    "orthogonality": lambda w: jnp.sum((w.T @ w - jnp.eye(3)) ** 2),
+    "of a function": lambda w: jnp.sum((jnp.tanh(w).T @ jnp.tanh(w)) ** 2),
+    "singular values": lambda w: jnp.sum(jnp.linalg.svd(w, compute_uv=False)),
+}
+
+
+@pytest.mark.parametrize("name", REGULAR)
+def test_a_penalty_on_a_weight_is_no_use_of_it(name):
+    def loss_fn(params, x):
+        return loss_of(x @ params["w"]) + REGULAR[name](params["w"])
+
+    layout, factors = captured(loss_fn, MAP, X)
+    assert layout.covered == 1
+    assert_rows(factors[""], [X], [cotangents(X @ MAP["w"])])
+
+
+def test_products_of_parameters_alone_are_listed():
+    params = {"a": real(5, 2), "b": real(2, 3), "v": real(5, 2)}
+
+    def loss_fn(params, x):
+        return loss_of(x @ (params["a"] @ params["b"])) + loss_of(x @ params["v"])
+
+    assert listed(loss_fn, params, X).keys() == {"a", "b"}
+
+    def two_layers(params, x):
+        return loss_of((x @ params["a"]) @ params["b"]) + loss_of(x @ params["v"])
+
+    layout, factors = captured(two_layers, params, X)
+    assert layout.covered == 1
+    g = cotangents(X @ params["a"] @ params["b"])
+    assert_rows(factors["b"], [X @ params["a"]], [g])
+    assert_rows(factors["a"], [X], [g @ params["b"].T])
+
+
+def test_an_axis_of_inputs_and_outputs_is_listed():
+    params = {"w": real(15), "v": real(5, 2)}
+
+    def loss_fn(params, x):
+        return loss_of(x @ params["w"].reshape(5, 3)) + loss_of(x @ params["v"])
+
+    assert listed(loss_fn, params, X) == {"w": "an axis of it is both of inputs and of outputs"}
+
+
+def test_weights_made_one_are_listed():
+    params = {"q": real(5, 2), "k": real(5, 2)}
+
+    def loss_fn(params, x):
+        return loss_of(x @ jnp.concatenate([params["q"], params["k"]], 1))
+
+    assert listed(loss_fn, params, X) == {"q": COMPUTED, "k": COMPUTED}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_added_to_data_is_data_whatever_the_batch_is(batch):
+    params = {"positions": real(1, 4, 5), "scale": real(5), "w": real(5, 3)}
+    x = real(batch, 4, 5)
+
+    def inputs(params, x):
+        return (x + params["positions"]) * params["scale"]
+
+    def loss_fn(params, x):
+        return loss_of(inputs(params, x) @ params["w"])
+
+    layout, factors = captured(loss_fn, params, x)
+    assert [layer.leaves[0].path for layer in layout.layers] == ["w"]
+    rows = inputs(params, x)
+    assert_rows(factors[""], [rows], [cotangents(rows @ params["w"])])
+
+
+def test_several_uses_add_their_rows():
+    params = MAP | {"b": real(3)}
+
+    def loss_fn(params, x):
+        return loss_of(x @ params["w"] + params["b"]) + loss_of(jnp.cos(x) @ params["w"])
+
+    layout, factors = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    rows = [X, jnp.cos(X)]
+    found = [cotangents(X @ params["w"] + params["b"]), cotangents(jnp.cos(X) @ params["w"])]
+    assert_rows(factors[""], rows, found)
+
+
+def test_a_product_by_hand_beside_a_flax_layer_is_one_more_use():
+    dense = nn.Dense(3, param_dtype=jnp.float64)
+    params = dense.init(jax.random.key(0), X)["params"]
+
+    def loss_fn(params, x):
+        y = dense.apply({"params": params}, x)
+        return loss_of(y) + loss_of(jnp.cos(x) @ params["kernel"] + params["bias"])
+
+    layout, factors = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    rows = [X, jnp.cos(X)]
+    assert_rows(
+        factors[""], rows, [cotangents(v @ params["kernel"] + params["bias"]) for v in rows]
+    )
+
+    def the_other_way(params, x):
+        y = dense.apply({"params": params}, x)
+        return loss_of(y) + loss_of(y @ params["kernel"].T) + loss_of(x @ jnp.ones((5, 2)))
+
+    assert listed(the_other_way, params, X) == {"kernel": SEVERAL, "bias": SEVERAL}
+
+
+def test_what_a_norm_scales_is_data_for_what_multiplies_it():
+    norm = nn.LayerNorm(param_dtype=jnp.float64)
+    params = {"norm": norm.init(jax.random.key(0), X)["params"], "w": real(5, 3)}
+    x = real(1, 4, 5)
+
+    def loss_fn(params, x):
+        y = norm.apply({"params": params["norm"]}, x)
+        scores = jnp.einsum("bti,bsi->bts", y.reshape(1, 4, 5) * 2, jnp.tanh(y))
+        return loss_of(scores) + loss_of(y @ params["w"]) + loss_of(y[:1, :1] @ jnp.ones((5, 2)))
+
+    layout, _ = captured(loss_fn, params, x)
+    assert layout.covered == 1
+
+
+def test_a_table_that_is_looked_up_and_multiplied_by_the_other_way():
+    table, ids = jnp.asarray(real(7, 3)), jnp.array([[1, 2], [6, 2]])
+
+    def loss_fn(params, ids, sign):
+        h = jnp.tanh(params["table"][ids])
+        logits = loss_of(h @ params["table"].T)
+        return logits + sign * loss_of(jnp.ones((2, 7)) @ params["table"])
+
+    assert listed(lambda p, i: loss_fn(p, i, 1.0), {"table": table}, ids) == {"table": SEVERAL}
+
+
+def test_a_gradient_inside_the_loss():
+    def network(w, x):
+        return jnp.sum(jnp.sin(x @ w))
+
+    def loss_fn(params, x):
+        slope = jax.vmap(jax.grad(network, 1), (None, 0))(params["w"], x)
+        return jnp.sum(slope**2) + loss_of(x @ params["w"])
+
+    layout, factors = captured(loss_fn, MAP, X)
+    assert layout.covered == 1
+
+    def of_outputs(y, z):
+        slope = jnp.cos(y) @ MAP["w"].T
+        return jnp.sum(slope**2) + loss_of(z)
+
+    y = X @ MAP["w"]
+    assert_rows(factors[""], [X, X], list(jax.grad(of_outputs, (0, 1))(y, y)))
+
+
+def test_a_step_inside_the_loss():
+    """The inner and the outer product are rows of one weight."""
+
+    def loss_fn(params, x):
+        inner = jax.grad(lambda p: loss_of(x @ p["w"]))(params)
+        outer = jax.tree.map(lambda p, g: p - 0.1 * g, params, inner)
+        return loss_of(jnp.cos(x) @ outer["w"])
+
+    layout, factors = captured(loss_fn, MAP, X)
+    assert layout.covered == 1
+
+    def of_outputs(y, z):
+        step = MAP["w"] - 0.1 * X.T @ cotangents(X @ MAP["w"] + y)
+        return loss_of(jnp.cos(X) @ step + z)
+
+    zeros = jnp.zeros((4, 3))
+    assert_rows(factors[""], [X, jnp.cos(X)], list(jax.grad(of_outputs, (0, 1))(zeros, zeros)))
+
+
+def test_directional_derivatives_are_rows():
+    direction = real(4, 5)
+
+    def loss_fn(params, x):
+        y, dy = jax.jvp(lambda x: jnp.sin(x @ params["w"]), (x,), (direction,))
+        return loss_of(y) + loss_of(dy)
+
+    _, factors = captured(loss_fn, MAP, X)
+
+    def of_outputs(y, dy):
+        return loss_of(jnp.sin(y)) + loss_of(jnp.cos(y) * dy)
+
+    found = jax.grad(of_outputs, (0, 1))(X @ MAP["w"], direction @ MAP["w"])
+    assert_rows(factors[""], [X, direction], list(found))
+
+
+def test_what_is_frozen_counts_only_where_nothing_is_live():
+    def frozen(params, x):
+        return loss_of(jnp.cos(x) @ lax.stop_gradient(params["w"]) + x @ params["v"])
+
+    params = MAP | {"v": real(5, 3)}
+    layout, factors = captured(frozen, params, X)
+    assert layout.covered == 1
+    assert factors["w"].rows == 4
+
+    def teacher(params, x):
+        return loss_of(jnp.cos(x) @ lax.stop_gradient(params["w"]) + x @ params["w"])
+
+    _, factors = captured(teacher, MAP, X)
+    assert_rows(factors[""], [X], [cotangents(jnp.cos(X) @ MAP["w"] + X @ MAP["w"])])
+
+
+def test_what_has_no_part_in_the_loss_is_listed():
+    def loss_fn(params, x):
+        return loss_of(x @ params["w"]), x @ params["v"]
+
+    layout = af.trace_layout(loss_fn, MAP | {"v": real(5, 2)}, X, has_aux=True)
+    assert [one.leaf.path for one in layout.uncovered] == ["v"]
+
+
+def test_a_loop_without_end_takes_no_part():
+    params = {"w": real(5, 5), "v": real(5, 3)}
+
+    def loss_fn(params, x):
+        w = lax.stop_gradient(params["w"])
+
+        def step(c):
+            return (c[0] + 1, jnp.tanh(c[1] @ w))
+
+        return loss_of(lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1] @ params["v"])
+
+    _, factors = captured(loss_fn, params, X)
+    assert factors["w"].rows == 0
+    assert factors["v"].rows == 4
+
+
+def test_a_shared_bias_and_its_layers_are_listed():
+    params = {"w": real(5, 3), "v": real(5, 3), "b": real(3)}
+
+    def loss_fn(params, x):
+        return loss_of(x @ params["w"] + params["b"]) + loss_of(x @ params["v"] + params["b"])
+
+    assert set(listed(loss_fn, params, X).values()) == {"shares its bias with another layer"}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_in_a_shard_map(kind):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(kind,))
+    params = MAP | {"b": real(3)}
+    rows = PartitionSpec("d")
+
+    def loss_fn(params, x):
+        x = (
+            jax.reshard(x, jax.sharding.NamedSharding(mesh, rows))
+            if kind is AxisType.Explicit
+            else x
+        )
+        run = functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows
+        )
+        return loss_of(run(lambda p, x: x @ p["w"] + p["b"])(params, x))
+
+    with jax.set_mesh(mesh):
+        layout, factors = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    assert_rows(factors[""], [X], [cotangents(X @ params["w"] + params["b"])])
+
+
+def test_a_part_of_a_parameter_on_each_device_is_listed():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    whole = PartitionSpec()
+
+    def loss_fn(params, x):
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(PartitionSpec("d"), whole),
+            out_specs=PartitionSpec("d"),
+        )
+        def run(w, x):
+            return w @ x
+
+        return loss_of(run(params["w"], x.T)) + loss_of(x @ params["v"])
+
+    found = listed(loss_fn, {"w": real(3, 5), "v": real(5, 2)}, X)
+    assert found == {"w": "only a device's part of it reaches its layer"}
+
+
+def test_on_an_explicit_mesh():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+    params = {"w": real(5, 2, 4), "u": real(8, 3), "t": real(7, 5)}
+
+    def loss_fn(params, i):
+        x = params["t"].at[i].get(out_sharding=PartitionSpec("d"))
+        x = jnp.tanh(jnp.einsum("bi,inh->bnh", x, params["w"])).reshape(4, 8)
+        return loss_of(x @ params["u"].reshape(8, 3))
+
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(jnp.array([1, 2, 2, 6]), jax.NamedSharding(mesh, PartitionSpec("d")))
+        layout, _ = captured(loss_fn, params, ids)
+    assert layout.covered == 1
+
+
+def convolved(x, w):
+    return lax.conv_general_dilated(
+        x[None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )[0]
+
+
+def half(p, x):
+    return (x.astype(jnp.bfloat16) @ p["half"]).astype(x.dtype) + x @ p["w"]
+
+
+EDGES = {
+    "no inputs": ("no_in", lambda p, x: x[:, :0] @ p["no_in"] + x @ p["w"]),
+    "no outputs": ("no_out", lambda p, x: jnp.concatenate([x @ p["no_out"], x @ p["w"]], 1)),
+    "no rows": ("", lambda p, x: jnp.concatenate([x[:0] @ p["w"], x @ p["w"]])),
+    "a vector": ("vector", lambda p, x: (x @ p["vector"])[:, None] + x @ p["w"]),
+    "outputs alone": ("outs", lambda p, x: jnp.einsum("b,o->bo", x[:, 0], p["outs"]) + x @ p["w"]),
+    "one weight for each": (
+        "vector",
+        lambda p, x: jnp.sin(jnp.einsum("bi,i->bi", x, p["vector"])) @ p["w"],
+    ),
+    "numbers of a table": (
+        "vector",
+        lambda p, x: p["vector"][jnp.array([1, 2, 2, 0])][:, None] + x @ p["w"],
+    ),
+    "bias kept with ones": ("bias", lambda p, x: x @ p["w"] + p["bias"]),
+    "an axis of size one": ("one", lambda p, x: x @ p["one"][0] + x @ p["w"]),
+    "half precision": ("half", half),
+    "several kernels": (
+        "kernels",
+        lambda p, x: jax.vmap(convolved, (None, 0))(x, p["kernels"]).sum(0) + x @ p["w"],
+    ),
+    "several kernels, inputs each": (
+        "kernels",
+        lambda p, x: jax.vmap(convolved)(jnp.stack([x, 2 * x]), p["kernels"]).sum(0) + x @ p["w"],
+    ),
+}
+PARAMETERS = {
+    "no_in": real(0, 3),
+    "no_out": real(5, 0),
+    "vector": real(5),
+    "outs": real(3),
+    "bias": real(1, 3),
+    "one": real(1, 5, 3),
+    "half": real(5, 3).astype(jnp.bfloat16),
+    "kernels": real(2, 3, 5, 3),
+    "w": real(5, 3),
+}
+
+
+@pytest.mark.parametrize("rule", ["paper", "official", "centered"])
+@pytest.mark.parametrize("name", EDGES)
+def test_every_rule_steps_every_form(name, rule):
+    uses, forward = EDGES[name]
+
+    def loss_fn(params, x):
+        return loss_of(forward(params, x))
+
+    params = {path: jnp.asarray(PARAMETERS[path]) for path in (*uses.split(), "w")}
+    layout, factors = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    grads = jax.grad(loss_fn)(params, X)
+    tx = af.adafisher(1e-2, layout, rule=rule)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params, factors=factors)
+    for path, update in updates.items():
+        assert update.shape == params[path].shape
+        assert jnp.all(jnp.isfinite(update))
+        assert jnp.any(update != 0) or not update.size
+
+
+def test_statistics_that_are_not_due_and_micro_batches():
+    params = {"w": real(5, 2, 4), "b": real(2, 4), "u": real(8, 3), "k": real(3, 2, 3)}
+
+    def loss_fn(params, x):
+        y = jnp.tanh(x @ params["w"].reshape(5, 8) + params["b"].reshape(8)) @ params["u"]
+        return loss_of(
+            lax.conv_general_dilated(
+                y[None], params["k"], (1,), "SAME", dimension_numbers=("NWC", "WOI", "NWC")
+            )[0]
+        )
+
+    layout, factors = captured(loss_fn, params, X)
+    assert layout.covered == 1
+
+    @jax.jit
+    def found(due):
+        return af.value_and_grad(loss_fn, layout, when=due)(params, X)[2]
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found(True), factors)
+    assert not any(jnp.any(part) for part in jax.tree.leaves(found(False)))
+    _, _, alike = af.accumulate(af.value_and_grad(loss_fn, layout), layout)(
+        params, jnp.stack([X, X])
+    )
+    for path, factor in alike.items():
+        np.testing.assert_allclose(factor.h, factors[path].h, rtol=1e-10)
+        np.testing.assert_allclose(factor.s, factors[path].s / 4, rtol=1e-10)
+        assert factor.rows == 2 * factors[path].rows
+
+
+WHOLE = {
+    "merged": lambda p, x: x @ p["w"].reshape(5, 8),
+    "transposed": lambda p, x: jnp.einsum("bi,inh->bnh", x, p["w"]).reshape(len(x), 8),
+}
+NOT_WHOLE = {
+    "split": lambda p, x: jnp.einsum("bi,inh->bnh", x, p["flat"].reshape(5, 2, 4)),
+    "stack of kernels": lambda p, x: jax.vmap(convolved)(jnp.stack([x, x]), p["kernels"]),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_factors_have_the_diagonals(name):
+    params = {"w": jnp.asarray(real(5, 2, 4))}
+
+    def loss_fn(params, x):
+        return loss_of(WHOLE[name](params, x))
+
+    layout, factors = captured(loss_fn, params, X)
+    found = fast_jit(af.diagnostics.full_factors(loss_fn, layout))(params, X)[""]
+    np.testing.assert_allclose(jnp.diagonal(found.h), factors[""].h.reshape(-1), rtol=1e-10)
+    np.testing.assert_allclose(jnp.diagonal(found.s), factors[""].s.reshape(-1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", NOT_WHOLE)
+def test_whole_factors_that_are_not_defined_are_refused(name):
+    params = {"flat": jnp.asarray(real(5, 8)), "kernels": jnp.asarray(real(2, 3, 5, 3))}
+    params = {k: v for k, v in params.items() if (k == "flat") == (name == "split")}
+
+    def loss_fn(params, x):
+        return loss_of(NOT_WHOLE[name](params, x))
+
+    layout, _ = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    with pytest.raises(ValueError, match="leave its layer out of `paths`"):
+        af.diagnostics.full_factors(loss_fn, layout)(params, X)

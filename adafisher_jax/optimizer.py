@@ -68,7 +68,7 @@ class ScaleByAdaFisherState(NamedTuple):
     ages: Any
 
     def curvature(self, path: str) -> Curvature:
-        """What is stored of the layers of which the first has this path."""
+        """The stored curvature of the group whose first layer has this path."""
         return Curvature(self.factors[path], self.slots[path], self.ranges.get(path))
 
 
@@ -162,7 +162,7 @@ def scale_by_adafisher(
     layers = sorted(layout.layers, key=lambda layer: layer.path) if layout is not None else []
 
     def own_groups(leaves: dict[str, Any]) -> list[Group]:
-        """Of layers with a parameter among `leaves`: masks may have taken the others."""
+        """Groups of layers with a parameter among `leaves`: a mask may take others away."""
         own = (x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
         return groups(own, leaves)
 
@@ -343,7 +343,7 @@ def _steps_like(grads: Any, steps: Any) -> Any:
 
 
 def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> Any:
-    """What a step uses of the momentum: bias-corrected, maybe ahead."""
+    """The bias-corrected momentum, one step ahead if the rule asks for it."""
     used = _averages(b1, mu, grads)
     if rule.nesterov:
         used = _averages(b1, used, grads)

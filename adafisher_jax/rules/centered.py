@@ -36,27 +36,31 @@ class Centered(Rule):
         d_w &= 0.2\, \min(1, 128/n)\, (D - E) / \mathrm{rms}(D - E), \qquad
         d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
 
-    where `E` is the excess of the leading singular values (`adafisher_jax.spectrum`) and `rms` a
-    running root mean square, one number for each parameter (and stacked layer). The loss's scale
-    drops out, and a weight's steps are at a learning rate of one about as large as Adam's.
+    `E` is the excess of the leading singular values (`adafisher_jax.spectrum`). `rms` is a running
+    root mean square, one number for each parameter and each stacked layer. The scale of the loss
+    drops out. At a learning rate of one, the step of a weight is about as large as Adam's.
 
-    `n` is the shorter side of `D` as a matrix of inputs by outputs (a patch is inputs, the features
-    of all heads are outputs, stacked layers are apart). A few directions hold most of a step, so
-    that one of a fixed root mean square changes outputs the more the larger both sides are. The
-    division by `n` takes that back, and one learning rate serves small and large networks. Below
-    128 nothing grows: a bottleneck is no narrow network. Embeddings are left alone, since a row
-    that is looked up changes by its own step, whatever the sides.
+    `n` is the shorter side of `D` as a matrix of inputs by outputs. A patch counts as inputs, the
+    features of all heads as outputs, and stacked layers are separate matrices. A few directions
+    hold most of a step, so a step of fixed root mean square changes outputs in proportion to `n`
+    when both sides grow. The division by `n` makes up for this, and one learning rate serves small
+    and large networks. It does not apply below 128, since a bottleneck is not a narrow network, nor
+    to embeddings, since a lookup changes by its own row alone.
 
     Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
-    and before a layer's first refresh, matrices are divided by their own steps' `rms`, and
-    vectors by the gradient's.
+    and before the first refresh of a layer, matrices are divided by the `rms` of their own steps,
+    and vectors by that of the gradient.
+
+    µP divides by the number of inputs (arXiv:2203.03466); Muon with a fixed root mean square
+    (arXiv:2502.16982) does not divide. Spectra (arXiv:2602.11185) also lowers a leading subspace of
+    the update, tracked by power iteration. `docs/algorithm.md` has more of what is close.
     """
 
     nesterov = True
     exponent = 0.5
     b2 = 0.99
     rms = 0.2
-    widest = 128  # the longest shorter side with steps as large as that
+    widest = 128  # the longest shorter side of a weight whose steps have that root mean square
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         shape = [1] * leaf.ndim
@@ -195,7 +199,7 @@ class Centered(Rule):
         return self.rms if layer is None else self.rms * self.share(layer)
 
     def share(self, layer: Layer) -> float:
-        """How large the steps of its weight are, of those of a small one."""
+        """The size of the steps of a layer's weight, relative to a small layer's."""
         if layer.kind == "embedding":  # a lookup changes by its own row's step, whatever the width
             return 1.0
         return min(1.0, self.widest / max(min(layer.fan_in, layer.fan_out), 1))

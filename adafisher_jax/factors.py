@@ -1,9 +1,9 @@
-"""The factor pair of a layer, and running averages of it.
+"""The factors of a layer, and the arrays that hold them.
 
-Array convention, for every module of the package. A layer's weight has *in* axes, *out*
-axes and, where several independent layers lie stacked in one array, *stacked* axes. `h` and
-`mean` have the weight's rank with every out axis 1, `s` with every in axis 1, so that
-`h * s` is the diagonal of the Kronecker product, in the weight's own shape:
+This array convention holds in every module of the package. A layer's weight has *in* axes, *out*
+axes and, if several independent layers lie stacked in one array, *stacked* axes. `h` and
+`mean` have the weight's rank with every out axis 1, `s` with every in axis 1. So `h * s` is the
+diagonal of the Kronecker product, in the shape of the weight:
 
 | layer | weight | `h`, `mean` | `s` | `rows` |
 | --- | --- | --- | --- | --- |
@@ -14,7 +14,7 @@ axes and, where several independent layers lie stacked in one array, *stacked* a
 | `Embed(9, 4)` | (9, 4) | (9, 1) | (1, 4) | () |
 | `LayerNorm` of 5 channels | (5,) | (2,) | (5,) | () |
 
-The bias slot of a layer's inputs is the constant 1 and is not stored.
+A bias counts as one more input, the constant 1. Its entry of `h` is 1 and is not stored.
 """
 
 import functools
@@ -30,10 +30,10 @@ class Factor(NamedTuple):
     """Diagonal Kronecker factors of one layer: `H = E[h̄²]`, `S = E[s²]`.
 
     Attributes:
-      h: mean over rows of the squared inputs.
-      s: mean over rows of the squared output cotangents.
-      rows: the number of rows averaged; 0, with zero factors, where a layer took no part.
-      mean: mean over rows of the inputs.
+      h: the mean over rows of the squared inputs.
+      s: the mean over rows of the squared output cotangents.
+      rows: the number of rows. If a layer took no part in the loss, it is 0 and all else is zero.
+      mean: the mean over rows of the inputs.
     """
 
     h: jax.Array
@@ -42,7 +42,7 @@ class Factor(NamedTuple):
     mean: jax.Array
 
     def from_sums(self) -> "Factor":
-        """The means, where `self` holds sums over rows as a tapped backward pass returns them.
+        """Returns the means, if `self` holds the sums that the gradient of a probe consists of.
 
         Example:
           >>> import jax.numpy as jnp
@@ -55,7 +55,9 @@ class Factor(NamedTuple):
         return Factor(self.h / n, self.s / n, self.rows, self.mean / n)
 
     def unscale(self, scale: jax.typing.ArrayLike) -> "Factor":
-        """The factor of a loss, where `self` is that of `scale` times it: `s` over `scale²`.
+        """Returns the factor of a loss, if `self` is that of `scale` times the loss.
+
+        `s` is divided by `scale²`.
 
         Example:
           >>> import jax.numpy as jnp
@@ -69,18 +71,18 @@ class Factor(NamedTuple):
 def to_unit(
     values: tuple[jax.Array, ...], inner: tuple[int, ...], epsilon: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    r"""What min-max, eq. (4), takes from a vector and multiplies it by, to fill the unit interval.
+    r"""Returns the two numbers of min-max, eq. (4): what it subtracts, and what it multiplies by.
 
     .. math:: \mathrm{minmax}(v) = (v - \min v) \cdot \frac{1}{\max v - \min v}
 
     Args:
-      values: arrays of one rank, read as one vector per block.
+      values: arrays of one rank. For each block they form one vector.
       inner: the axes within one block.
-      epsilon: added to the denominator (1e-6 in the released code).
+      epsilon: a number added to the denominator (1e-6 in the released code).
 
     Returns:
-      The least entry and the factor, one for each block; the factor is 0 for a constant vector,
-      and both are for one without entries.
+      The least entry and the multiplier, one of each for each block. The multiplier is 0 for a
+      constant vector. Both are 0 for a vector without entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,11 +104,13 @@ def to_unit(
 def extremes(
     values: tuple[jax.Array, ...], axes: tuple[int, ...]
 ) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """The least and the greatest of each array, all in one reduction; NaN where there is one.
+    """Returns the least and the greatest entry of each array, in one reduction.
+
+    An array with a NaN has NaN for both.
 
     Args:
       values: floating-point arrays of one shape.
-      axes: those reduced, which stay as 1.
+      axes: the axes to reduce; they stay with length 1.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which parameter belongs to which layer: static, hashable, and printed as a table."""
+"""The layout says which parameter belongs to which layer: static, hashable, printed as a table."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from adafisher_jax.factors import Axes, Factor
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
-    """A pytree path as this package writes it: without the `.value` of the box a leaf is in.
+    """Returns a pytree path as this package writes it, without the `.value` of a boxed leaf.
 
     Example:
       >>> import jax
@@ -27,7 +27,7 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
-    """A tree's leaves by path, in order, and its structure.
+    """Returns a tree's leaves by path, in order, and the structure of the tree.
 
     Raises:
       ValueError: if two leaves have the same path.
@@ -42,7 +42,7 @@ def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
 
 
 def check_floating(leaves: Mapping[str, Any]) -> None:
-    """Raises TypeError, naming its path, for what is no floating-point array or number."""
+    """Raises a TypeError for the first leaf that is no floating-point array or number."""
     for path, leaf in leaves.items():
         known = hasattr(leaf, "shape") or isinstance(leaf, numbers.Number)
         found = jnp.result_type(leaf) if known else type(leaf).__name__
@@ -58,11 +58,11 @@ class Leaf:
     """One parameter array.
 
     Attributes:
-      path: in the loss's first argument.
-      shape: its shape, stacked axes included.
-      axes: what each axis is: `"in0"`, `"out0"`, `"batch0"` (independent maps within the
-        layer) or `"stack0"` (stacked by a lifted transform); `""` for an axis of length 1 that a
-        bias has and its weight has not.
+      path: the path of the array in the loss's first argument.
+      shape: the shape, stacked axes included.
+      axes: the role of each axis: `"in0"`, `"out0"`, `"batch0"` (independent maps within one
+        layer) or `"stack0"` (layers stacked by a lifted transform); `""` for an axis of length 1
+        that a bias has and its weight does not.
     """
 
     path: str
@@ -80,14 +80,17 @@ def _is_block(axis: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer under a Fisher block.
+    """A layer that has factors (it is "under a Fisher block").
+
+    A *block* is a part that is independent of the others: each of several layers or maps that lie
+    stacked in one array is a block.
 
     Attributes:
-      path: of the mapping or module that holds its parameters.
+      path: the path of the mapping or module that holds the layer's parameters.
       kind: dense, conv, conv_local, embedding, attend or norm.
-      weight: kernel, embedding or scale.
-      bias: or shift.
-      groups: feature groups of a convolution.
+      weight: the kernel, embedding or scale.
+      bias: the bias or shift.
+      groups: the number of feature groups of a convolution.
     """
 
     path: str
@@ -102,16 +105,16 @@ class Layer:
 
     @property
     def nameless(self) -> "Layer":
-        """What is the same of layers that differ in nothing but paths."""
+        """The layer without paths, which is equal for layers that differ only in their paths."""
         return self._with(lambda leaf: dataclasses.replace(leaf, path=""))
 
     def stacked(self, count: int) -> "Layer":
-        """As many layers like this one, their arrays stacked along a new first axis."""
+        """Returns `count` layers like this one, with arrays stacked along a new first axis."""
         return self._with(lambda leaf: Leaf("", (count, *leaf.shape), ("stack", *leaf.axes)))
 
     @property
     def one(self) -> "Layer":
-        """One of such `stacked` layers."""
+        """One of the layers that `stacked` returns."""
         return self._with(lambda leaf: Leaf("", leaf.shape[1:], leaf.axes[1:]))
 
     def _with(self, change: Callable[[Leaf], Leaf]) -> "Layer":
@@ -120,7 +123,7 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array whose rank and stacked axes the factors share."""
+        """The shape of the weight (else of the bias), whose rank and stacked axes factors have."""
         return self.leaves[0].shape
 
     @property
@@ -162,12 +165,12 @@ class Layer:
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
-        """`rows_shape`, with the rank of the weight."""
+        """`rows_shape` with the rank of the weight: axes that are not stacked are 1."""
         return tuple(n if axis.startswith("stack") else 1 for n, axis in self._sized)
 
     @property
     def slot_shape(self) -> tuple[int, ...]:
-        """One number for each block, with the rank of the weight."""
+        """The shape of one number for each block, with the rank of the weight."""
         return tuple(n if _is_block(axis) else 1 for n, axis in self._sized)
 
     @property
@@ -175,7 +178,7 @@ class Layer:
         return tuple(zip(self.shape, self.axes, strict=True))
 
     def dtype(self, leaves: Mapping[str, Any]) -> Any:
-        """The type of the layer's statistics, given arrays by path: at least float32."""
+        """Returns the type of the layer's statistics, at least float32, given arrays by path."""
         own = [leaves[leaf.path] for leaf in self.leaves if leaf.path in leaves]
         return jnp.promote_types(jnp.result_type(*own), jnp.float32)
 
@@ -191,7 +194,7 @@ class Layer:
         return (h, s, self.rows_shape, h)
 
     def zeros(self, dtype: Any = jnp.float32) -> Factor:
-        """Zero factors of this layer."""
+        """Returns zero factors of this layer."""
         return Factor(*(jnp.zeros(shape, dtype) for shape in self.factor_shapes))
 
     def to_bias(self, value: jax.Array) -> jax.Array:
@@ -212,7 +215,7 @@ class Layer:
         return value.transpose(order).reshape(shape)
 
     def to_matrices(self, value: jax.Array) -> jax.Array:
-        """An array like the weight, `h` or `s` as matrices: (blocks, ins, outs)."""
+        """Returns an array like the weight, `h` or `s` as matrices, (blocks, ins, outs)."""
         order = (*self.blocks, *self.ins, *self.outs)
         sizes = [
             math.prod(value.shape[i] for i in axes) for axes in (self.blocks, self.ins, self.outs)
@@ -220,7 +223,7 @@ class Layer:
         return value.transpose(order).reshape(sizes)
 
     def from_matrices(self, value: jax.Array) -> jax.Array:
-        """The inverse of `to_matrices`."""
+        """Inverts `to_matrices`."""
         order = (*self.blocks, *self.ins, *self.outs)
         whole = {axis: value.shape[1 + (axis in self.outs)] != 1 for axis in order}
         sizes = [self.shape[i] if i in self.blocks or whole[i] else 1 for i in order]
@@ -229,7 +232,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Uncovered:
-    """A parameter without a Fisher block, and why."""
+    """A parameter that is not covered, and the reason."""
 
     leaf: Leaf
     reason: str
@@ -237,16 +240,15 @@ class Uncovered:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The layers met in a loss, and the parameters outside them.
+    """The layers found in a loss, and the parameters outside of them.
 
-    Made by `adafisher_jax.trace_layout`. Holds no arrays, compares and hashes by value, so it
-    can be a static argument; two traces of one model are equal.
+    `adafisher_jax.trace_layout` makes it. A layout holds no arrays, and compares and hashes by
+    value, so it can be a static argument. Two traces of one model are equal.
 
     Attributes:
-      layers: those under a Fisher block, sorted by path.
+      layers: the layers that have factors, sorted by path.
       uncovered: the other parameters.
-      left_out: the paths of those that a filter left out, as of an NNX model that is trained in
-        part.
+      left_out: the paths of the parameters that a filter (`wrt`) left out of an NNX model.
     """
 
     layers: tuple[Layer, ...]
@@ -255,18 +257,18 @@ class Layout:
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The parameters, those under a Fisher block first."""
+        """All parameters, those of layers first."""
         inside = [leaf for layer in self.layers for leaf in layer.leaves]
         return (*inside, *(row.leaf for row in self.uncovered))
 
     @property
     def covered(self) -> float:
-        """The share of parameters, by count, under a Fisher block."""
+        """The fraction of all parameters, counted by entry, that belong to layers."""
         inside = sum(leaf.size for layer in self.layers for leaf in layer.leaves)
         return inside / max(sum(leaf.size for leaf in self.leaves), 1)
 
     def only(self, paths: Iterable[str]) -> "Layout":
-        """The layout with the layers at some paths; the parameters of the others are uncovered."""
+        """Returns the layout with the layers at some paths; other parameters are uncovered."""
         kept = set(paths)
         left = [leaf for x in self.layers if x.path not in kept for leaf in x.leaves]
         rows = [*self.uncovered, *(Uncovered(Leaf(x.path, x.shape), "left out") for x in left)]
@@ -274,10 +276,10 @@ class Layout:
         return Layout(tuple(x for x in self.layers if x.path in kept), tuple(rows))
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
-        """Checks arrays by path against the layout; they may be some of its parameters.
+        """Checks arrays by path against the layout; parameters may be missing.
 
         Raises:
-          ValueError: if the layout does not know one, or one in a layer has another shape.
+          ValueError: if the layout does not have one of the arrays, or has another shape of it.
         """
         known = {leaf.path for leaf in self.leaves}
         unknown = [path for path in leaves if path not in known]
@@ -309,7 +311,7 @@ class Layout:
 
 
 def _row(leaf: Leaf, kind: str, reason: str = "") -> tuple[str, ...]:
-    """A parameter's line in the table."""
+    """Returns a parameter's line in the table."""
     if reason:
         sizes = ("-", "×".join(map(str, leaf.shape)) or "1", "-")
     else:
@@ -354,7 +356,7 @@ def check_state(state: Any, wanted: Any) -> None:
     """Checks the shapes of a state, path by path, against one made for this model.
 
     Raises:
-      ValueError: naming the first path that only one of them has, or else that differs.
+      ValueError: if a path is in only one of the two, or has another shape.
     """
     got, want = (
         {path_of(keys): jnp.shape(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}

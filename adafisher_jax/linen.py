@@ -1,4 +1,4 @@
-"""Flax Linen: the layout of a loss, and its gradients together with its factors."""
+"""Layout, gradients and factors of a loss of a pytree of parameters, as of Flax Linen."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,22 +18,22 @@ def trace_layout(
     """Finds the layers that `loss_fn(params, *args, **kwargs)` calls, without computing anything.
 
     Args:
-      loss_fn: any traceable function that calls Flax Linen modules on (a part of) its first
-        argument.
-      params: parameters, a full variables dict, or a pytree holding several models'.
-      *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`; what is no array
-        (`train=True`) is passed on as it is.
-      has_aux: whether `loss_fn` returns `(scalar, aux)`, which is then checked.
-      **kwargs: likewise.
+      loss_fn: any traceable function that multiplies parameters in its first argument by data, as
+        Flax Linen modules do.
+      params: parameters, a full dict of variables, or a pytree with those of several models.
+      *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`. Other values (`train=True`)
+        are passed on unchanged.
+      has_aux: whether `loss_fn` returns a pair `(scalar, aux)`.
+      **kwargs: further arguments, as `args`.
 
     Returns:
-      A static, hashable `Layout`; print it to see what is covered.
+      A static, hashable `Layout`. Print it to see what is covered.
 
     Raises:
-      TypeError: for a loss or `params` that is a module, a leaf of `params` that is not
-        floating-point, and what is no pair with `has_aux`.
-      ValueError: if no layer was met, or layers of two kinds share a parameter, or the loss names
-        a mapped axis that is not there.
+      TypeError: if the loss or `params` is a module, a leaf of `params` is not floating-point, or
+        the loss with `has_aux` returns no pair.
+      ValueError: if no layer was found, layers of two kinds share a parameter, or the loss names a
+        mapped axis that does not exist here.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -57,27 +57,26 @@ def trace_layout(
 def value_and_grad(
     loss_fn: Callable[..., Any], layout: Layout, has_aux: bool = False, *, when: Any = True
 ) -> Callable[..., Any]:
-    """`jax.value_and_grad`, with the layers' factors from the same backward pass.
+    """Returns `jax.value_and_grad` of a loss, with the factors from the same backward pass.
 
     Args:
-      loss_fn: as in `trace_layout`; it returns a scalar, or `(scalar, aux)` with `has_aux`.
+      loss_fn: the loss of `trace_layout`; it returns a scalar, or `(scalar, aux)` with `has_aux`.
       layout: from `trace_layout`.
       has_aux: whether `loss_fn` returns auxiliary data.
-      when: whether there are factors, a Boolean or a scalar array, as of `step % 10 == 0`. Where it
-        is false they are zeros of zero rows, which refresh nothing, and none are computed.
+      when: whether to compute factors: a Boolean or a scalar array, such as `step % 10 == 0`. If it
+        is false, factors are zeros of zero rows, which change no average, and cost nothing.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
-      `((loss, aux), grads, factors)`: the first two are those of `jax.value_and_grad`, the
-      third is a dict from layer path to `Factor`.
+      `((loss, aux), grads, factors)`. The first two are those of `jax.value_and_grad`. The third is
+      a dict from layer path to `Factor`.
 
-    Call it inside the jitted train step: called eagerly it traces the loss at every call.
+    Call the returned function inside the jitted train step: an eager call traces the loss anew.
 
     Raises:
-      TypeError: for a loss that is a module, a layout that is none, or a `when` that is not one
-        Boolean.
-      ValueError: from the returned function, if the layout is another model's, does not know a
-        parameter, or no layer of it was met.
+      TypeError: if the loss is a module, `layout` is no layout, or `when` is not one Boolean.
+      ValueError: from the returned function, if the layout is of another model or loss, or does
+        not have a parameter.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The loss that a user hands over: what it is, what it returns, and where it can be traced."""
+"""Checks of the loss that a user gives: its type, its result, and where it is traced."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ from flax import nnx
 
 
 def check_loss(loss_fn: Any) -> None:
-    """Raises TypeError for what is no function, as a module."""
+    """Raises a TypeError if the loss is no function, or is a module."""
     if isinstance(loss_fn, nn.Module | nnx.Module) or not callable(loss_fn):
         raise TypeError(
             f"loss_fn: got {type(loss_fn).__name__}, wanted a function that calls the model and "
@@ -20,12 +20,12 @@ def check_loss(loss_fn: Any) -> None:
 
 
 def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
-    """A loss whose errors say what is to be done about them.
+    """Returns the loss with errors that say what to do about them.
 
     Raises:
-      TypeError: from the returned function, with `has_aux`, for what is no pair of a scalar and
-        something else.
-      ValueError: likewise, for the name of a mapped axis that is not there.
+      TypeError: from the returned function, if a loss with `has_aux` returns no pair of a scalar
+        and something else.
+      ValueError: from the returned function, if the loss names a mapped axis that does not exist.
     """
 
     @functools.wraps(loss_fn)
@@ -50,7 +50,7 @@ def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[.
 
 
 def _check_pair(result: Any) -> None:
-    """Raises TypeError for what is not `(scalar, aux)`."""
+    """Raises a TypeError if `result` is not `(scalar, aux)`."""
     pair = isinstance(result, tuple) and len(result) == 2
     value = result[0] if isinstance(result, tuple) and pair else result
     if not pair or np.shape(value) != ():

@@ -1,10 +1,10 @@
-"""Arrays on explicit mesh axes, which say in their types where they lie."""
+"""Arrays on explicit mesh axes, whose types contain their shardings."""
 
 import jax
 
 
 def everywhere(x: jax.Array) -> jax.Array:
-    """An array that lies on explicit mesh axes (only these are in a type), whole on each device."""
+    """Returns an array whole on each device, if it is sharded over explicit mesh axes."""
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return x

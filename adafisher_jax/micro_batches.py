@@ -1,7 +1,7 @@
-r"""Gradient accumulation: a batch's loss, gradients and factors from its micro-batches.
+r"""Gradient accumulation: the loss, gradients and factors of a batch from its micro-batches.
 
-Let the batch's loss be :math:`L = \sum_k w_k L_k`, and let a layer see :math:`n_k` rows in
-micro-batch `k`. The cotangents of `L` there are those of `L_k` times :math:`w_k`, so
+The loss of the batch is :math:`L = \sum_k w_k L_k`, and a layer has :math:`n_k` rows in micro-batch
+`k`. The cotangents of `L` in micro-batch `k` are :math:`w_k` times those of `L_k`. So
 
 .. math::
 
@@ -26,25 +26,26 @@ from adafisher_jax.random_counts import check_random_counts
 def accumulate(
     grad_fn: Callable[..., Any], layout: Layout, weights: Any = None
 ) -> Callable[..., Any]:
-    """Runs a gradient function over micro-batches, in the memory of one.
+    """Runs a gradient function over micro-batches, in the memory of one micro-batch.
 
     Args:
       grad_fn: from `value_and_grad`.
-      layout: its layout.
-      weights: of each micro-batch's loss in the batch's, of shape (k,): its share of the rows
-        (or unmasked rows) where the loss is a mean, ones where it is a sum. None for equal
-        shares, 1/k. A micro-batch of weight 0 may have a loss that is not finite.
+      layout: the layout of `grad_fn`.
+      weights: the weight of each micro-batch's loss in the batch's, of shape (k,). If the loss is
+        a mean, a weight is the micro-batch's share of the (unmasked) rows; if it is a sum, weights
+        are ones. None stands for equal shares, 1/k. A micro-batch of weight 0 may have a loss that
+        is not finite.
 
     Returns:
       A function `(params, *args, **kwargs)` that returns what `grad_fn` returns, for the whole
-      batch. Each array among its arguments is a stack of k micro-batches; what is no array
-      (`train=True`) is handed on as it is, and so is what `grad_fn` closes over. Sums are
-      accumulated in at least float32. Auxiliary data come back as a stack.
+      batch. Each array among its arguments is a stack of k micro-batches. Other arguments
+      (`train=True`) are passed on unchanged. Sums are accumulated in at least float32. Auxiliary
+      data are returned as a stack.
 
     Raises:
-      TypeError: from the returned function, for an `nnx.Module`, for which there is
-        `adafisher_jax.nnx.accumulate`.
-      ValueError: from the returned function, if the arguments or `weights` do not have one
+      TypeError: from the returned function, if `params` is an `nnx.Module`; use
+        `adafisher_jax.nnx.accumulate` then.
+      ValueError: from the returned function, if the arguments and `weights` differ in their
         leading axis, or if `grad_fn` drops the change to the random counts of an `nnx.Module`.
 
     Example:
@@ -78,19 +79,19 @@ def accumulate(
 def over_micro_batches(
     grad_fn: Callable[..., Any], layout: Layout, weights: Any, carried: Any, args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
-    """`accumulate`, of a function that hands on arrays from each micro-batch to the next.
+    """Accumulates as `accumulate` does, and carries arrays from each micro-batch to the next.
 
     Args:
-      grad_fn: a function `(carried, *args, **kwargs)` that returns what is carried on, and what a
-        function from `value_and_grad` returns.
+      grad_fn: a function `(carried, *args, **kwargs)` that returns the new carried arrays, and the
+        result of a function from `value_and_grad`.
       layout: as in `accumulate`.
-      weights: likewise.
-      carried: what goes into the first micro-batch, a pytree of arrays.
+      weights: as in `accumulate`.
+      carried: a pytree of arrays, the carried arrays of the first micro-batch.
       args: the other arguments, stacked as in `accumulate`.
-      kwargs: likewise.
+      kwargs: the other keyword arguments, stacked as in `accumulate`.
 
     Returns:
-      What is carried after the last micro-batch, and the result for the whole batch.
+      The carried arrays after the last micro-batch, and the result for the whole batch.
     """
     leaves, structure = by_path({"args": args, "kwargs": kwargs})
     arrays = {p: leaf for p, leaf in leaves.items() if isinstance(leaf, jax.Array | np.ndarray)}
@@ -121,16 +122,16 @@ def over_micro_batches(
 
 
 def add_micro_batch(total: Any, result: Any, weight: Any, layout: Layout) -> Any:
-    """One step of `accumulate`, for a loop over micro-batches of any sizes.
+    """Takes one step of `accumulate`, for a loop over micro-batches of different sizes.
 
     Args:
-      total: what the micro-batches so far add up to; None before the first.
-      result: `(loss, grads, factors)` of one more.
-      weight: of its loss in the batch's.
-      layout: of the factors.
+      total: the total of the micro-batches so far; None before the first.
+      result: `(loss, grads, factors)` of one more micro-batch.
+      weight: the weight of its loss in the batch's.
+      layout: the layout of the factors.
 
     Returns:
-      The new total, a `(loss, grads, factors)` in at least float32.
+      The new total `(loss, grads, factors)`, in at least float32.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -157,7 +158,7 @@ def add_micro_batch(total: Any, result: Any, weight: Any, layout: Layout) -> Any
 
 
 def _pool(layer: Layer, total: Factor, factor: Factor, weight: Any) -> Factor:
-    """The means over the rows of both; no rows leave them as they are."""
+    """Returns the means over the rows of both; a factor without rows changes nothing."""
     rows = total.rows + factor.rows
     share = (factor.rows / jnp.maximum(rows, 1)).reshape(layer.stack_shape)
     s = _weighted(weight, _weighted(weight, factor.s))
@@ -169,20 +170,20 @@ def _pool(layer: Layer, total: Factor, factor: Factor, weight: Any) -> Factor:
 
 
 def _weighted(weight: Any, value: jax.Array) -> jax.Array:
-    """The product; 0 for a weight of 0, even where the value is not finite."""
+    """Returns `weight * value`; 0 for a weight of 0, even if the value is not finite."""
     weight = jnp.asarray(weight, value.dtype)
     return jnp.where(weight == 0, 0, weight * value)
 
 
 def _nothing(result: Any) -> Any:
-    """The total of no micro-batch."""
+    """Returns the total of no micro-batch: zeros in at least float32."""
     return jax.tree.map(
         lambda a: jnp.zeros_like(a, dtype=jnp.promote_types(a.dtype, jnp.float32)), result
     )
 
 
 def _leading_axis(arrays: dict[str, Any]) -> int:
-    """The number of micro-batches in a stack, by which all arrays must agree."""
+    """Returns the number of micro-batches, the length of every array's first axis."""
     wanted = "wanted arrays with one leading axis of micro-batches"
     if not arrays:
         raise ValueError(f"args: got no array, {wanted}")

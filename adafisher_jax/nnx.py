@@ -1,4 +1,4 @@
-"""Flax NNX: the layout of a loss, and its gradients together with its factors."""
+"""Layout, gradients and factors of a loss of a Flax NNX module."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,23 +29,24 @@ def trace_layout(
     Args:
       loss_fn: any traceable function that calls NNX layers of its first argument.
       model: the module.
-      *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`; what is no array
-        (`train=True`) is passed on as it is.
-      wrt: which of the module's variables are the parameters, any filter of `nnx.state`, as in
-        `nnx.Optimizer`: `nnx.LoRAParam`, `nnx.PathContains("head")`. It is no argument of the loss.
-      has_aux: whether `loss_fn` returns `(scalar, aux)`, which is then checked.
-      **kwargs: as `args`.
+      *args: further arguments. Arrays may be `jax.ShapeDtypeStruct`. Other values (`train=True`)
+        are passed on unchanged.
+      wrt: which of the module's variables are the parameters: any filter of `nnx.state`, as in
+        `nnx.Optimizer`, such as `nnx.LoRAParam` or `nnx.PathContains("head")`. It is not passed to
+        the loss.
+      has_aux: whether `loss_fn` returns a pair `(scalar, aux)`.
+      **kwargs: further arguments, as `args`.
 
     Returns:
-      A static, hashable `Layout`; print it to see what is covered. It lists the parameters, and
-      nothing else of the model. Paths are those of `nnx.state(model, wrt)`; a module that is
-      shared has its first one.
+      A static, hashable `Layout`. Print it to see what is covered. It lists the parameters and
+      nothing else of the model. Paths are those of `nnx.state(model, wrt)`. A shared module has the
+      first of its paths.
 
     Raises:
-      TypeError: for a loss that is a module, a model that is none, a parameter that is not
-        floating-point, and what is no pair with `has_aux`.
-      ValueError: as `adafisher_jax.trace_layout`, and if `wrt` selects nothing, or a variable of
-        the model is in another argument too.
+      TypeError: if the loss is a module, `model` is no module, a parameter is not floating-point,
+        or the loss with `has_aux` returns no pair.
+      ValueError: as `adafisher_jax.trace_layout`; also if `wrt` selects nothing, or another
+        argument holds a variable of the model.
 
     Example:
       >>> from flax import nnx
@@ -71,7 +72,7 @@ def trace_layout(
         whole = _whole(model, params, rest)
         model_again, args, kwargs = extract.from_tree((whole, args, kwargs))
         result = explained(model_again, *args, **kwargs)
-        return jax.tree.leaves(result)[:1]  # the loss: what else there is may be no pytree
+        return jax.tree.leaves(result)[:1]  # the loss; the other results may be no pytree
 
     layout = capture.trace_layout(loss, params, (rest, args, kwargs), {})
     left_out, _ = by_path(nnx.split_state(rest, nnx.Param, ...)[0])
@@ -81,23 +82,23 @@ def trace_layout(
 def value_and_grad(
     loss_fn: Callable[..., Any], layout: Layout, has_aux: bool = False, *, when: Any = True
 ) -> Callable[..., Any]:
-    """`nnx.value_and_grad`, with the layers' factors from the same backward pass.
+    """Returns `nnx.value_and_grad` of a loss, with the factors from the same backward pass.
 
     Args:
-      loss_fn: as in `trace_layout`; it returns a scalar, or `(scalar, aux)` with `has_aux`.
+      loss_fn: the loss of `trace_layout`; it returns a scalar, or `(scalar, aux)` with `has_aux`.
       layout: from `trace_layout`.
       has_aux: whether `loss_fn` returns auxiliary data.
-      when: whether there are factors; see `adafisher_jax.value_and_grad`.
+      when: whether to compute factors; see `adafisher_jax.value_and_grad`.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads, factors)`, or
-      `((loss, aux), grads, factors)`: the first two are those of `nnx.value_and_grad`, which also
-      carries over what the loss changes in its arguments (running statistics, random number
-      counts); the third is a dict from layer path to `Factor`. Gradients are of the parameters
-      that the layout lists: of `nnx.DiffState(0, wrt)`, where it was traced with a `wrt`.
+      `((loss, aux), grads, factors)`. The first two are those of `nnx.value_and_grad`. The third is
+      a dict from layer path to `Factor`. Gradients are those of the parameters that the layout
+      lists. What the loss changes in its arguments (running statistics, counts of random streams)
+      is changed in the caller's, as `nnx.value_and_grad` does.
 
     Raises:
-      TypeError, ValueError: as `trace_layout`, and if the layout is another model's or loss's.
+      TypeError, ValueError: as `trace_layout`; also if the layout is of another model or loss.
 
     Example:
       >>> from flax import nnx
@@ -120,13 +121,13 @@ def value_and_grad(
     is_parameter = nnx.filterlib.to_predicate(nnx.Param)
 
     def wrt(keys: tuple[Any, ...], variable: Any) -> bool:
-        path = "/".join(map(str, keys))  # what is in neither is for the layout to refuse
+        path = "/".join(map(str, keys))  # a path in neither is an error of the layout's check
         return path in listed or (is_parameter(keys, variable) and path not in left_out)
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         _check(model, args, kwargs)
 
-        # These two exchange modules for pytrees on the way in, and carry changes out.
+        # These two turn modules into pytrees on the way in, and carry changes out.
         @split_inputs
         def differentiated(model: Any, args: Any, kwargs: Any) -> Any:
             params, rest = _parts(model, wrt)
@@ -153,23 +154,23 @@ def value_and_grad(
 def accumulate(
     grad_fn: Callable[..., Any], layout: Layout, weights: Any = None
 ) -> Callable[..., Any]:
-    """Runs a gradient function over micro-batches, in the memory of one.
+    """Runs a gradient function over micro-batches, in the memory of one micro-batch.
 
     Args:
       grad_fn: from `value_and_grad`.
-      layout: its layout.
+      layout: the layout of `grad_fn`.
       weights: as in `adafisher_jax.accumulate`.
 
     Returns:
       A function `(model, *args, **kwargs)` that returns what `grad_fn` returns, for the whole
-      batch. What the loss changes in the model (random number counts, running statistics) is
-      carried from each micro-batch to the next and ends up in the model, as a loop would leave
-      it. So it is with other modules and variables among the arguments. Each array among them is
-      a stack of micro-batches; the rest is as in `adafisher_jax.accumulate`.
+      batch. What the loss changes in the model (counts of random streams, running statistics) is
+      carried from each micro-batch to the next and is in the model afterwards, as after a loop.
+      The same holds for other modules and variables among the arguments. Each array among them is
+      a stack of micro-batches; all else is as in `adafisher_jax.accumulate`.
 
     Raises:
-      TypeError: from the returned function, for a model that is no module.
-      ValueError: from the returned function, as `adafisher_jax.accumulate`, and if the loss
+      TypeError: from the returned function, if `model` is no module.
+      ValueError: from the returned function, as `adafisher_jax.accumulate`; also if the loss
         changes more of a module than the values of its variables.
 
     Example:
@@ -214,7 +215,7 @@ def accumulate(
 
 
 def _parts(model: Any, wrt: Any) -> Any:
-    """The parameters and the rest of a module that was exchanged for a pytree."""
+    """Returns the parameters and the rest of a module in its form as a pytree."""
     (state,) = model.states
     return nnx.split_state(state, wrt, ...)
 
@@ -224,7 +225,7 @@ def _whole(model: Any, params: Any, rest: Any) -> Any:
 
 
 def _check(model: Any, args: Any, kwargs: Any) -> None:
-    """Checks the arguments of a loss: a module, and others that have no variable of it."""
+    """Checks that `model` is a module, and that other arguments hold no variable of it."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model: got {type(model).__name__}, wanted an nnx.Module; for the parameters of Linen "
@@ -242,12 +243,12 @@ def _check(model: Any, args: Any, kwargs: Any) -> None:
 
 
 def _is_object(leaf: Any) -> bool:
-    """Whether a leaf is changed in place: a module, or a variable."""
+    """Whether a leaf is a module or a variable, which a loss may change in place."""
     return isinstance(leaf, nnx.Variable | nnx.Pytree)
 
 
 def _check_carried(before: Any, after: Any, same_structure: bool) -> None:
-    """Checks that no more than the values of variables differ, as a scan wants it."""
+    """Checks that only the values of variables differ, since a scan carries nothing else."""
     was, now = ({p: (a.shape, a.dtype) for p, a in by_path(t)[0].items()} for t in (before, after))
     if was == now and same_structure:
         return

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adafisher_jax import in_turn
+from adafisher_jax import execution_order
 from adafisher_jax.alike import Group, groups, stack
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import (
@@ -47,15 +47,15 @@ class ScaleByAdaFisherState(NamedTuple):
         `adafisher_jax.diagnostics.averages` has them by layer. Those of a rule that starts at zero
         are to be divided by the layer's slot.
       slots: the bias slots of the layers' `h`, likewise; they count the refreshes.
-      scales: of each parameter's steps, where the rule keeps any, the mean square and the leading
-        directions; of those of like layers, under the path of the first.
-      units: what takes averages to the unit interval, where the rule does that, so that a step
-        between refreshes reduces nothing.
-      skipped: for each layer, in the order of their paths, how many refreshes were skipped because
-        statistics were not finite. None without layers. Of layers that a scan has stacked, those in
-        which any one was.
-      ages: in the same order, how many steps ago a layer's averages last changed, or any of those
-        that a scan has stacked.
+      scales: the mean square and the leading directions of each parameter's steps, if the rule has
+        any; those of like layers under the path of the first.
+      ranges: for a rule with min-max, the ranges of the averages, so that a step between refreshes
+        has no reductions.
+      skipped: how many refreshes each layer skipped because its statistics were not finite, in the
+        order of the layers' paths; None without layers. Layers that a scan has stacked count as
+        one, which skips where any of them does.
+      ages: how many steps ago each layer's averages last changed, in the same order. Stacked
+        layers count as one, which changes where any of them does.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, and a method of tuples
@@ -63,13 +63,13 @@ class ScaleByAdaFisherState(NamedTuple):
     factors: dict[str, Factor]
     slots: dict[str, jax.Array]
     scales: dict[str, Scale]
-    units: dict[str, jax.Array]
+    ranges: dict[str, jax.Array]
     skipped: Any
     ages: Any
 
     def curvature(self, path: str) -> Curvature:
         """What is stored of the layers of which the first has this path."""
-        return Curvature(self.factors[path], self.slots[path], self.units.get(path))
+        return Curvature(self.factors[path], self.slots[path], self.ranges.get(path))
 
 
 def _all_said(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
@@ -247,7 +247,7 @@ def scale_by_adafisher(
                 if scale is not None:
                     scales[paths[0]] = scale
                     # In turn, groups need the memory of two or three; at once, that of all.
-                    correction = in_turn.after(correction, [scale.square])
+                    correction = execution_order.after(correction, [scale.square])
         for path in grads.keys() - mu.keys():
             mu[path], steps[path], scale = _step_alone(
                 chosen, b1, correction, before[path], grads[path], scales.get(path)
@@ -279,10 +279,10 @@ def _stored(curvatures: Mapping[str, Curvature]) -> dict[str, Any]:
     return {
         "factors": {path: curvature.factor for path, curvature in curvatures.items()},
         "slots": {path: curvature.slot for path, curvature in curvatures.items()},
-        "units": {
-            path: curvature.unit
+        "ranges": {
+            path: curvature.ranges
             for path, curvature in curvatures.items()
-            if curvature.unit is not None
+            if curvature.ranges is not None
         },
     }
 

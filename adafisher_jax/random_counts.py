@@ -1,9 +1,9 @@
-"""Random numbers that would be the same in every micro-batch: a count that nothing moves on.
+"""Finds random numbers that would be the same in every micro-batch.
 
-An NNX stream folds its count into its key, and adds one to the count. A function that merges a
-module from arrays it closes over drops that sum, and all its calls draw the same numbers. In the
-program of one micro-batch it shows: a count that is closed over is folded into a key, and neither
-depends on the micro-batch.
+An NNX random stream folds its count into its key and adds one to the count. A function that merges
+a module from arrays it closes over drops the new count, so all its calls draw the same numbers. The
+program of one micro-batch shows this: a count that is closed over is folded into a key, and neither
+of the two depends on the micro-batch.
 """
 
 import enum
@@ -14,11 +14,11 @@ from adafisher_jax.capture.places import bodies
 
 
 class Behind(enum.IntEnum):
-    """What is behind a value of a program; of two branches, the larger is behind their result."""
+    """What a value of a program depends on; the result of two branches has the larger of theirs."""
 
     NEITHER = 0
     CLOSED_OVER = 1
-    """It is an array from outside, as it is."""
+    """The value is an array from outside, unchanged."""
     INPUTS = 2
 
 
@@ -26,11 +26,11 @@ Levels = list[Behind]
 
 
 def check_random_counts(program: core.ClosedJaxpr) -> None:
-    """Refuses the program of one micro-batch if its random numbers are those of every other.
+    """Checks that the random numbers of one micro-batch's program are not those of all others.
 
     Raises:
-      ValueError: where an array that is closed over is folded into a key that the program's
-        inputs are not behind.
+      ValueError: if an array that is closed over is folded into a key that does not depend on the
+        program's inputs.
     """
     folds: list[Levels] = []
     _follow(program.jaxpr, [Behind.INPUTS for _ in program.jaxpr.invars], folds)
@@ -45,7 +45,7 @@ def check_random_counts(program: core.ClosedJaxpr) -> None:
 
 
 def _follow(jaxpr: core.Jaxpr, inputs: Levels, folds: list[Levels]) -> Levels:
-    """What is behind a program's outputs; appends what is behind each key and count folded."""
+    """Returns what outputs depend on; appends what each pair of a key and a folded count does."""
     known = dict.fromkeys(jaxpr.constvars, Behind.CLOSED_OVER)
     known |= dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -61,7 +61,7 @@ def _follow(jaxpr: core.Jaxpr, inputs: Levels, folds: list[Levels]) -> Levels:
 
 
 def _results(eqn: core.JaxprEqn, operands: Levels, folds: list[Levels]) -> Levels:
-    """What is behind an equation's results: its operands, or what its programs make of them."""
+    """Returns what the results of an equation depend on."""
     programs = list(bodies(eqn))
     if not programs:
         differs = Behind.INPUTS in operands
@@ -84,5 +84,5 @@ def _results(eqn: core.JaxprEqn, operands: Levels, folds: list[Levels]) -> Level
             return run(operands, folds)
     loop = slice(fixed, fixed + carried)
     while (after := list(map(max, inputs[loop], run(inputs, [])))) != inputs[loop]:
-        inputs[loop] = after  # what a step changes is behind the next one
+        inputs[loop] = after  # the next step depends on what a step changes
     return run(inputs, folds)

@@ -1,9 +1,9 @@
-"""What each layer kind contributes to its factors: sums over rows of `h̄²`, `h̄` and `s²`.
+"""Statistics: the sums over rows of `h̄²`, `h̄` and `s²`, for each kind of layer.
 
-A row is one example, and one position for sequences and convolutions. Every statistic names
-the axes of its weight and bias (`"in0"`, `"out0"`, and `"batch0"` where the layer holds several
-independent maps); the convention is that of `adafisher_jax.factors`. Sums are accumulated in
-at least float32. A convolution's patches are never built.
+A row is one example or, in sequences and convolutions, one position of one example. Every statistic
+names the axes of its weight and bias: `"in0"`, `"out0"`, and `"batch0"` if the layer holds several
+independent maps. The arrays follow the convention of `adafisher_jax.factors`. Sums are accumulated
+in at least float32. The patches of a convolution are never built.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def _sum_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def numbered(roles: Sequence[str]) -> Axes:
-    """Numbers the axes of each role: in, in, out → in0, in1, out0."""
+    """Numbers the axes of each role: (in, in, out) becomes (in0, in1, out0)."""
     return tuple(f"{role}{list(roles[:i]).count(role)}" for i, role in enumerate(roles))
 
 
@@ -36,9 +36,9 @@ def numbered(roles: Sequence[str]) -> Axes:
 class Contraction:
     """A linear map written as `einsum(x, weight) -> y`, with one letter per axis.
 
-    A letter of the weight is an *out* axis where `y` has it too and `x` has not, a *batch*
-    axis where all three have it, else an *in* axis. The other letters of `y` are rows; those of
-    `x` alone are summed away before the map.
+    A letter of the weight is an *out* axis if `y` has it and `x` does not, a *batch* axis if both
+    have it, and an *in* axis otherwise. The other letters of `y` are rows. Letters of `x` alone are
+    summed over before the map.
     """
 
     x: str
@@ -86,13 +86,13 @@ class Contraction:
 
 
 def einsum(equation: str) -> Contraction:
-    """The statistic of a layer `y = einsum(equation, x, weight)` (plus a bias).
+    """Returns the statistic of a layer `y = einsum(equation, x, weight)`, with or without bias.
 
     Args:
-      equation: explicit, without ellipsis and without a letter twice in one operand.
+      equation: an explicit equation, without ellipsis and without a letter twice in one operand.
 
     Raises:
-      ValueError: if the equation is not of that form.
+      ValueError: if the equation has another form.
 
     Example:
       >>> einsum("bti,io->bto").weight_axes
@@ -111,13 +111,13 @@ def einsum(equation: str) -> Contraction:
 
 
 def dense(ndim: int, axis: Sequence[int] = (-1,), batch: int = 0, features: int = 1) -> Contraction:
-    """A contraction of some axes of an input of rank `ndim` with a `DenseGeneral` kernel.
+    """Returns the statistic of a `DenseGeneral` layer on an input of rank `ndim`.
 
     Args:
-      ndim: the input's rank.
-      axis: the axes summed over, in the kernel's order.
-      batch: how many leading axes the input, kernel and output share.
-      features: how many axes the output gains.
+      ndim: the rank of the input.
+      axis: the axes of the input that are summed over, in the kernel's order.
+      batch: the number of leading axes that input, kernel and output share.
+      features: the number of axes that the output gains.
 
     Example:
       >>> dense(3)
@@ -130,8 +130,8 @@ def dense(ndim: int, axis: Sequence[int] = (-1,), batch: int = 0, features: int 
     return Contraction(x, x[:batch] + summed + out, y)
 
 
-ENTRIES = 2**18  # of a matrix of counts at most; it is a constant of the program
-EDGES = 64  # of a window at most that are summed one by one
+ENTRIES = 2**18  # the largest matrix of counts, which is a constant of the program
+EDGES = 64  # the most positions at a window's edges that are summed one by one
 
 
 def _is_small(window: Window, positions: int) -> bool:
@@ -139,7 +139,7 @@ def _is_small(window: Window, positions: int) -> bool:
 
 
 def _counts(window: Window) -> np.ndarray | None:
-    """The counts of all positions, if these are few."""
+    """Returns the counts of all positions; None if their matrix is too large."""
     every = np.arange(window.inputs)
     return window.counts(every) if _is_small(window, len(every)) else None
 
@@ -148,20 +148,20 @@ def _counts(window: Window) -> np.ndarray | None:
 class Convolution:
     r"""A convolution of any rank, stride, dilation, padding and group count, channels last.
 
-    With `A` counting how often kernel position `i` reads input position `p` on one axis,
+    On one axis, the matrix `A` counts how often kernel position `i` reads input position `p`. Then
 
     .. math:: \sum_n \bar h_{n,ijc}^2 = \sum_{p,q} A_{ip} A_{jq} \sum_b x_{bpqc}^2
 
-    so that only sums of the input are ever made, never its patches. Over the last spatial axis
-    `A` repeats with the stride but at the edges: there the batch sum is over all positions of a
-    phase, and over each edge. A sum over rows of contiguous channels is many times faster, on a
-    CPU, than one that keeps all positions. `A` itself is made where it is small.
+    so only sums of the input are needed, and no patches. On the last spatial axis `A` repeats with
+    the stride except at the edges. So the batch sum there is one sum for each phase of the stride,
+    and one for each position at an edge. On a CPU a sum over rows of contiguous channels is many
+    times faster than one that keeps all positions. `A` itself is built only if it is small.
 
     Attributes:
-      windows: one for each spatial axis.
-      groups: feature groups. They share one kernel slice: `h` and `mean` average over them.
-      apart: so many runs of groups are layers of their own, with an `h` and `mean` each. The
-        kernel's last axis is both of them and of their outputs.
+      windows: one window for each spatial axis.
+      groups: the number of feature groups. `h` and `mean` average over the groups of a layer.
+      apart: the number of layers in the convolution, each a run of groups with its own `h` and
+        `mean`. The kernel's last axis runs over the layers and over their outputs.
     """
 
     windows: tuple[Window, ...]
@@ -177,7 +177,7 @@ class Convolution:
         return ("out0",)
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if not self.windows:  # then there is one position
+        if not self.windows:  # a window without axes has one position
             point = dataclasses.replace(self, windows=(Window(1, 1, 1),))
             return jax.tree.map(lambda found: found[0], point.of_inputs(x[..., None, :]))
         *others, last = self.windows
@@ -216,7 +216,7 @@ class Convolution:
         totals = jnp.moveaxis(jnp.sum(totals, axis=-2) / alike, -2, -1)
         shape = totals.shape
         for axis, (window, of_axis) in enumerate(zip(self.windows, counts, strict=True)):
-            # One product for each position before this axis: so nothing has to be transposed.
+            # One product for each position on the axes before: this needs no transposition.
             before = math.prod(totals.shape[:axis])
             rows = totals.reshape(before, totals.shape[axis], -1)
             if of_axis is None:
@@ -239,8 +239,8 @@ class Convolution:
 class LocalConvolution:
     """A convolution with a kernel of its own at every output position.
 
-    The kernel is (*positions, channels × window, features), the window's last axis fastest;
-    each position is a block with the batch as its rows.
+    The kernel is (*positions, channels × window, features); the window's last axis varies fastest.
+    Each position is a block. The rows of a block are the batch.
     """
 
     windows: tuple[Window, ...]
@@ -258,7 +258,7 @@ class LocalConvolution:
         return self._gather(_sum_squares(x, batch)), self._gather(jnp.sum(_wide(x), axis=batch))
 
     def _gather(self, total: jax.Array) -> jax.Array:
-        """Sums a batch sum of the input into the kernel's in axes."""
+        """Gathers a batch sum of the input into the input axes of the kernel."""
         rank = len(self.windows)
         for axis, window in enumerate(self.windows):
             # Axes so far: (size, outputs) per axis gathered, then what is left.
@@ -280,13 +280,13 @@ class LocalConvolution:
 
 @dataclasses.dataclass(frozen=True)
 class Rearranged:
-    """Another layer's statistic, where arrays have their axes in another order.
+    """A statistic of arrays whose axes have another order than a `Convolution` expects.
 
     Attributes:
-      layer: the statistic, of arrays in its own order.
-      x: for each axis of the input in that order, which one it is here; None for the same.
-      weight: likewise of the weight.
-      y: likewise of the output.
+      layer: the statistic of arrays in the order of `Convolution`.
+      x: for each axis of the input in that order, its number here; None if the orders are equal.
+      weight: the same for the weight.
+      y: the same for the output.
     """
 
     layer: Convolution
@@ -303,7 +303,7 @@ class Rearranged:
         return self.layer.bias_axes
 
     def back(self, value: jax.Array) -> jax.Array:
-        """An array like the weight, in the order of the weight here."""
+        """Returns an array like the weight in the order of axes that the weight has here."""
         return value.transpose([self.weight.index(i) for i in range(len(self.weight))])
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -319,16 +319,17 @@ class Rearranged:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """A table whose rows are looked up: its inputs are one-hot, so `h` counts tokens.
+    """A lookup in a table. Its inputs are one-hot vectors, so `h` counts tokens.
 
-    A row is one lookup. Indices are as `jax.numpy.take` has them, negative ones from the end, and a
-    table of one row is used whatever the index is; or vectors, as `jax.lax.gather` has them.
+    A row is one lookup. Indices are numbers or vectors. Numbers mean what they mean in
+    `jax.numpy.take`: negative indices count from the end, and a table of one row is always used.
+    Vectors mean what they mean in `jax.lax.gather`.
 
     Attributes:
-      map: the linear map of one-hot inputs, whose last axis is the table's.
-      size: of that axis.
-      component: where indices are vectors, which entry is meant.
-      clips: whether an index outside of the table means its nearest row, or else none.
+      map: the linear map of the one-hot vectors; the last axis of its input is the table's.
+      size: the length of that axis.
+      component: for vectors, the entry that is the index; None for numbers.
+      clips: whether an index outside of the table means the nearest row; otherwise it means none.
     """
 
     map: Contraction
@@ -356,11 +357,11 @@ class Lookup:
         return counts, counts
 
     def index(self, x: jax.Array) -> jax.Array:
-        """The indices; `size`, which is no row, in place of those that mean none."""
+        """Returns the indices, with `size`, which is no row, for indices that mean no row."""
         if self.component is None and self.size == 1:
             return jnp.zeros(x.shape, jnp.int32)
         x = x if self.component is None else x[..., self.component]
-        x = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x  # as bytes, it might not hold `size`
+        x = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x  # one byte may not hold `size`
         if self.clips:
             return jnp.clip(x, 0, self.size - 1)
         if self.component is None:
@@ -375,16 +376,16 @@ class Lookup:
 
 
 def lookup(ndim: int, size: int) -> Lookup:
-    """The lookup of whole rows of a table (size, features), with indices of rank `ndim`."""
+    """Returns the lookup of whole rows of a table (size, features), for indices of rank `ndim`."""
     return Lookup(dense(ndim + 1), size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Experts: rows in a line, group by group, each group with a matrix of its own.
+    """A product in which each group of consecutive rows has a matrix of its own (experts).
 
-    Inputs are the rows (n, in) and how many of them each group has; rows after the last group are
-    none. The groups of the weight (groups, in, out) are stacked layers, each with rows of its own.
+    The inputs are the rows (n, in) and the number of rows of each group. Rows after the last group
+    do not count. The groups of the weight (groups, in, out) are stacked layers.
     """
 
     @property
@@ -403,7 +404,7 @@ class Groups:
 
 
 def _by_group(rows: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The sum of each group's rows."""
+    """Returns the sum of the rows of each group."""
     group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
     return jax.ops.segment_sum(rows, group, len(sizes))
 
@@ -412,20 +413,20 @@ def _by_group(rows: jax.Array, sizes: jax.Array) -> jax.Array:
 class Normalization:
     r"""The released code's statistics of a normalization layer, from its un-normalised input.
 
-    `h` is a pair, for the scale and the shift; `s` has one entry for each channel. With batch
-    size `B`, and the kept axes `k` of the input, `n` the number of the other positions,
+    `h` is a pair, for the scale and the shift. `s` has one entry for each channel. Let `B` be the
+    batch size, `k` run over the `K` entries of the axes that are not summed (the channels; axis 1
+    for layer norms, as released), and `n` be the number of other positions of one example:
 
     .. math:: v_k = \frac{1}{n^2} \sum x, \quad
               h = \Big(\frac{1}{B^2} \sum_k v_k^2,\ \frac{K}{B^2}\Big), \quad
               s_c = \frac{1}{B} \left(\sum g_c\right)^2
 
-    A batch norm keeps the channels, a layer norm keeps axis 1, as released. Unlike the other
-    statistics these are no sums over rows; they are weighted by the row count, so that
-    dividing by it returns them and several uses are averaged.
+    These are no sums over rows. They are multiplied by the number of rows, so that the division by
+    it returns them and several uses of a layer are averaged.
 
     Attributes:
       channels: the axes of the scale and shift.
-      keeps_tokens: whether `h` keeps axis 1 rather than the channels.
+      keeps_tokens: whether `k` runs over axis 1 instead of the channels.
     """
 
     channels: tuple[int, ...]

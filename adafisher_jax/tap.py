@@ -1,17 +1,15 @@
 """The tap: an identity whose backward pass returns a layer's statistics.
 
-For a layer `y = W h̄` with `s = ∂L/∂y`, the row sums of `h̄²` and `h̄` are known
-going forward and those of `s²` going backward. A tap is put on `y`. It hands
-`y` on, and in the backward pass hands `s` on, and returns the sums *as the
-cotangent of a probe*: a `Factor` of zeros among the differentiated arguments.
-One ordinary backward pass so yields gradients and factors together, and
-whatever a transformation does to the probe (slice, stack, broadcast, sum over
-uses or devices) it does to the statistics.
+For a layer `y = W h̄` with `s = ∂L/∂y`, the forward pass knows the sums over rows of `h̄²` and `h̄`,
+and the backward pass knows those of `s²`. A tap on `y` passes `y` on. In the backward pass it
+passes `s` on, and returns the sums *as the cotangent of a probe*: a `Factor` of zeros among the
+differentiated arguments. So one ordinary backward pass yields gradients and factors together. What
+a transformation does to the probe (slice, stack, broadcast, sum over uses or devices) it does to
+the statistics.
 
-Where a layer is met while a loss is traced, its parameters are at hand but no
-probe is. So it gets a tap that lacks one, a *mark*, which notes the parameters
-instead; `adafisher_jax.capture.probes` completes it in the traced program. A mark that
-stays is nothing but an identity.
+While a loss is traced, a layer that is called has parameters but no probe. It gets a *mark*: a tap
+that records the parameters instead of a probe. `adafisher_jax.capture.probes` turns marks of the
+traced program into taps. A mark that stays is an identity.
 """
 
 import dataclasses
@@ -28,43 +26,43 @@ from adafisher_jax.factors import Axes, Factor
 
 
 class Statistic(Protocol):
-    """What one layer kind contributes to its factors: sums over its rows.
+    """The sums over rows that a kind of layer contributes to its factors.
 
     Implementations are hashable and hold no arrays; see `adafisher_jax.statistics`.
     """
 
     def of_inputs(self, *x: jax.Array) -> tuple[jax.Array, ...]:
-        """The sums over rows of the squared inputs and of the inputs, and what else is needed."""
+        """Returns the sums over rows of squared inputs and of inputs, and `needed` arrays."""
         ...
 
     def of_cotangents(self, g: jax.Array, *needed: jax.Array) -> jax.Array:
-        """The sum over rows of the squared output cotangents."""
+        """Returns the sum over rows of the squared output cotangents."""
         ...
 
     def rows(self, y: jax.Array, *needed: jax.Array) -> jax.typing.ArrayLike:
-        """How many rows the output has."""
+        """Returns the number of rows of the output."""
         ...
 
 
 def tap(statistic: Statistic, x: Any, y: jax.Array, probe: Factor) -> jax.Array:
     r"""Returns `y`, and makes `probe`'s gradient the layer's statistics.
 
-    The gradient of any loss with respect to `probe` is, summed over every tapped use of it,
+    The gradient of a loss with respect to `probe`, summed over all taps that have it, is
 
     .. math:: \Big(\sum_n \bar h_n^2,\ \sum_n s_n^2,\ N,\ \sum_n \bar h_n\Big)
 
-    with one row `n` for each example (and position); `Factor.from_sums` turns it into means.
+    with one row `n` for each example (and position). `Factor.from_sums` turns it into means.
 
     Args:
-      statistic: how this layer's inputs and cotangents are reduced, for example
+      statistic: how the layer's inputs and cotangents are reduced, for example
         `adafisher_jax.statistics.einsum("ni,io->no")`.
-      x: the layer's input, any float or integer type; a tuple, if the statistic is of several.
+      x: the layer's input, of any float or integer type; a tuple if the layer has several.
       y: the layer's output.
-      probe: a `Factor` of zeros with the shapes the statistic yields. Its type, at least
-        float32, is the type the statistics are accumulated in.
+      probe: a `Factor` of zeros with the shapes of the statistic. Statistics are accumulated in its
+        type, which is at least float32.
 
     Returns:
-      `y` itself. Gradients with respect to everything but `probe` are unchanged.
+      `y`. Gradients with respect to everything except `probe` do not change.
 
     Example:
       A layer written by hand, without Flax:
@@ -88,16 +86,16 @@ def tap(statistic: Statistic, x: Any, y: jax.Array, probe: Factor) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One call of a layer: what its mark notes.
+    """What a mark records of one call of a layer.
 
     Attributes:
       kind: as in `adafisher_jax.layout.Layer`.
-      weight: the name of its weight, or None.
-      bias: the name of its bias, or None.
-      weight_axes: as the layer sees them, without stacked ones.
-      bias_axes: likewise.
-      groups: feature groups.
-      problem: why it cannot be captured, if so.
+      weight: the name of the weight, or None.
+      bias: the name of the bias, or None.
+      weight_axes: the axes of the weight as the layer sees it, without stacked axes.
+      bias_axes: the axes of the bias as the layer sees it, without stacked axes.
+      groups: the number of feature groups.
+      problem: why the call cannot be captured; empty if it can.
     """
 
     kind: str
@@ -112,10 +110,10 @@ class Use:
 def mark(
     statistic: Statistic, x: jax.Array, y: jax.Array, parameters: Sequence[jax.Array], use: Use
 ) -> jax.Array:
-    """Returns `y`, noting in the traced program that a layer computed it with `parameters`.
+    """Returns `y`, and records in the traced program that a layer made it with `parameters`.
 
-    An interpreter with a rule for each primitive, as `jax.experimental.jet`, meets no mark: the
-    layer is then what its products say.
+    Interpreters that need a rule for each primitive, as `jax.experimental.jet`, get no mark. The
+    layer is then described by its products.
     """
     own = {"statistic": statistic, "use": use, "inputs": 1, "parameters": len(parameters)}
     try:
@@ -124,16 +122,16 @@ def mark(
         return y
 
 
-# Two primitives rather than a `custom_vjp`, so that forward-mode differentiation, and any number
-# of derivatives, pass through a tapped layer too. Both return their first operand. `tap_p` is
-# what the forward pass runs; its tangent is `_tangent_p`, which is linear in `y` and the probe,
-# and whose transpose yields the statistics.
+# A tap is two primitives and no `custom_vjp`, so that forward-mode differentiation, and any number
+# of derivatives, pass through a tapped layer. Both primitives return their first operand. The
+# forward pass runs `tap_p`. Its tangent is `_tangent_p`, which is linear in `y` and the probe; the
+# transpose of `_tangent_p` yields the statistics.
 #
-# Operands of `tap_p`: y, the layer's inputs and parameters (as many as `inputs` and `parameters`
-# say), and the four parts of the probe or nothing. Of `_tangent_p`: y, the probe, what the
-# statistic tells of the inputs and, if it is `conditional`, whether it is due: if its probe's
-# `rows` are not zero, no statistics are computed.
-# `levels` holds, for each `vmap` around them, innermost first, the operands' mapped axes.
+# Operands of `tap_p`: y, the layer's inputs and parameters (their numbers are `inputs` and
+# `parameters`), and the four parts of the probe or nothing. Operands of `_tangent_p`: y, the probe,
+# what the statistic returns of the inputs and, if the tap is `conditional`, whether statistics are
+# due: if the `rows` of the probe are not zero, none are computed.
+# `levels` holds the mapped axes of the operands for each `vmap` around, innermost first.
 
 tap_p = core.Primitive("adafisher_tap")
 _tangent_p = core.Primitive("adafisher_tap_tangent")
@@ -142,7 +140,7 @@ Levels = tuple[tuple[int | None, ...], ...]
 
 
 class Operands(NamedTuple):
-    """The operands of `tap_p`, or what belongs to each of them."""
+    """The operands of `tap_p`, or one value for each operand."""
 
     y: Any
     x: Sequence[Any]
@@ -151,7 +149,7 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, operands: Sequence[Any], params: Mapping[str, Any]) -> "Operands":
-        """Those of an equation or a call with some parameters of the primitive."""
+        """Sorts operands by the primitive's parameters, which have the number of each sort."""
         y, *rest = operands
         n, m = params["inputs"], params["inputs"] + params["parameters"]
         return cls(y, rest[:n], rest[n:m], rest[m:])
@@ -209,7 +207,7 @@ def _tap_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _tap_transpose(g: Any, y: Any, *rest: Any, **_: Any) -> list[Any]:
-    """Of a layer that is transposed as a linear map: the identity."""
+    """Transposes the identity, for a layer that is transposed as a linear map."""
     return [
         g if ad.is_undefined_primal(y) else None,
         *(ad.Zero(v.aval) if ad.is_undefined_primal(v) else None for v in rest),
@@ -217,9 +215,9 @@ def _tap_transpose(g: Any, y: Any, *rest: Any, **_: Any) -> list[Any]:
 
 
 def vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
-    """In a `shard_map`, lets a value differ between devices as another does.
+    """Returns `value`; inside a `shard_map`, with the type of one that may differ as `like` does.
 
-    The gradient of a value that is the same on all devices is then their sum.
+    The gradient of a value that is equal on all devices is the sum over devices.
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         value = value + jax.lax.full_like(like, 0, value.dtype, ())
@@ -227,7 +225,7 @@ def vary_like(value: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-    # The tangent of a tangent is no output of the layer: it is handed on untapped.
+    # The tangent of a tangent is no output of the layer, so it gets no tap.
     return _tangent_p.bind(*primals, **params), tangents[0]
 
 
@@ -260,16 +258,16 @@ def _tangent_transpose(
 
 
 def _where_due(fun: Callable[..., Any], *args: jax.Array, due: Sequence[jax.Array]) -> Any:
-    """`fun(*args)`; where there is a `due` and it is false, zeros, and nothing is computed."""
+    """Returns `fun(*args)`; if `due` is given and false, zeros, without computing anything."""
 
-    def zeros(*args: jax.Array) -> Any:  # what `fun` computes here gives types, and is dropped
+    def zeros(*args: jax.Array) -> Any:  # calls `fun` for the types of its results
         return jax.tree.map(lambda found: jax.lax.full_like(found, 0), fun(*args))
 
     return jax.lax.cond(due[0], fun, zeros, *args) if due else fun(*args)
 
 
 def _typed_like(value: jax.Array, aval: Any) -> jax.Array:
-    """A cotangent as its primal's type wants it: on explicit mesh axes that says its sharding."""
+    """Returns a cotangent in its primal's type, which on explicit mesh axes has a sharding."""
     value = value.astype(aval.dtype)
     found, wanted = jax.typeof(value).sharding, aval.sharding
     if found.spec != wanted.spec:
@@ -280,7 +278,7 @@ def _typed_like(value: jax.Array, aval: Any) -> jax.Array:
 
 
 def _unmapped(shape: tuple[int, ...], axes: list[int | None]) -> list[int]:
-    """A probe's shape inside the `vmap`s around its tap."""
+    """Returns the shape of a probe inside the `vmap`s around its tap."""
     sizes = list(shape)
     for axis in reversed(axes):
         if axis is not None:
@@ -289,7 +287,7 @@ def _unmapped(shape: tuple[int, ...], axes: list[int | None]) -> list[int]:
 
 
 def _mapped(fun: Callable[..., list[jax.Array]], dims: tuple[int | None, ...]) -> Any:
-    """`fun` under one `vmap`: what belongs to a probe that is not mapped is summed over it."""
+    """Returns `fun` under one `vmap`; results for a probe that is not mapped are summed."""
     y, probe, known = dims[0], dims[1:5], dims[5:]
 
     def mapped(*operands: jax.Array) -> list[jax.Array]:

@@ -11,7 +11,7 @@ from adafisher_jax.layout import check_state
 
 
 class TrainState(train_state.TrainState):
-    r"""`flax.training.train_state.TrainState` whose `apply_gradients` takes factors.
+    r"""Flax's `flax.training.train_state.TrainState` with an `apply_gradients` that takes factors.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -29,19 +29,19 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
-        r"""One step of `tx`, :math:`\theta \leftarrow \theta + \mathrm{tx}(g; H, S)`.
+        r"""Takes one step of `tx`, :math:`\theta \leftarrow \theta + \mathrm{tx}(g; H, S)`.
 
         Args:
           grads: gradients, shaped as `params`.
-          **kwargs: `factors`, of the same call of `adafisher_jax.value_and_grad`, or None to keep
-            the averages; and further fields to replace.
+          **kwargs: `factors` from the same call of `adafisher_jax.value_and_grad`, or None to reuse
+            the stored averages; and further fields to replace.
 
         Returns:
           The state with `step`, `params` and `opt_state` updated.
 
         Raises:
-          ValueError, TypeError: those of `scale_by_adafisher`'s `update`, as for factors left
-            out; TypeError for factors if `tx` takes none.
+          ValueError, TypeError: as `update` of `scale_by_adafisher`, for example without `factors`.
+          TypeError: if `factors` are given and `tx` takes none.
         """
         factors = {"factors": kwargs.pop("factors")} if "factors" in kwargs else {}
         update = functools.partial(self.tx.update, **factors)
@@ -50,11 +50,11 @@ class TrainState(train_state.TrainState):
         return state.replace(tx=self.tx)
 
     def from_bytes(self, encoded: bytes) -> Self:
-        """The state that `flax.serialization.to_bytes` encoded, in the place of this one.
+        """Returns the state that `flax.serialization.to_bytes` encoded, in the form of this state.
 
         Raises:
-          ValueError: for the first path that only one of the two states has, or with another
-            shape. `flax.serialization.from_bytes` would drop or take it.
+          ValueError: if a path is in only one of the two states, or has another shape.
+            `flax.serialization.from_bytes` accepts such states.
         """
         stored = serialization.msgpack_restore(encoded)
         check_state(stored, serialization.to_state_dict(self))

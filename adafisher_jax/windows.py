@@ -12,16 +12,16 @@ class Window:
     """How a convolution's kernel moves along one spatial axis.
 
     Attributes:
-      size: of the kernel.
-      inputs: positions of the input.
-      outputs: positions of the output.
-      stride: input positions per output position.
-      low: zeros before the dilated input.
-      input_dilation: spacing of the input's positions.
-      kernel_dilation: spacing of the kernel's positions.
-      margin: positions added on both sides before dilation, filled as `mode` says.
-      mode: a `numpy.pad` mode; `"constant"` is zero.
-      flip: the kernel is applied back to front.
+      size: the length of the kernel.
+      inputs: the number of positions of the input.
+      outputs: the number of positions of the output.
+      stride: the number of input positions per output position.
+      low: the number of zeros before the dilated input.
+      input_dilation: the spacing of the input's positions.
+      kernel_dilation: the spacing of the kernel's positions.
+      margin: the numbers of positions added on both sides before dilation, filled as `mode` says.
+      mode: a mode of `numpy.pad`; `"constant"` means zeros.
+      flip: whether the kernel is applied back to front.
     """
 
     size: int
@@ -36,12 +36,12 @@ class Window:
     flip: bool = False
 
     def sources(self) -> np.ndarray:
-        """The input position at each position between the margins' ends; -1 for a zero."""
+        """Returns the input position behind each position of the padded input; -1 for a zero."""
         fill = {"constant_values": -1} if self.mode == "constant" else {}
         return np.pad(np.arange(self.inputs), self.margin, mode=self.mode, **fill)  # type: ignore[call-overload]
 
     def reads(self) -> np.ndarray:
-        """The input position each (kernel position, output position) reads; -1 for padding."""
+        """Returns the input position that each (kernel position, output position) reads, or -1."""
         source = self.sources()
         dilated = np.full((len(source) - 1) * self.input_dilation + 1, -1)
         dilated[:: self.input_dilation] = source
@@ -52,18 +52,20 @@ class Window:
         return found[::-1] if self.flip else found
 
     def _steps(self, places: np.ndarray) -> np.ndarray:
-        """How far some places between the margins' ends are ahead of the kernel's, (size, places).
+        """Returns how far positions of the padded input are ahead of the kernel's, (size, places).
 
-        The output that a kernel position reads there is that many strides on, if there is one.
+        A kernel position reads such a position for the output that is this distance over the
+        stride, if that is a whole number and an output.
         """
         offset = np.arange(self.size)[:, None] * self.kernel_dilation
         steps = places * self.input_dilation + self.low - offset
         return steps[::-1] if self.flip else steps
 
     def counts(self, positions: np.ndarray) -> np.ndarray:
-        """How often each kernel position reads each of some input positions, (size, positions).
+        """Returns how often each kernel position reads each input position, (size, positions).
 
-        The positions are in order.
+        Args:
+          positions: some positions of the input, in increasing order.
         """
         source = self.sources()
         places = np.flatnonzero(np.isin(source, positions))
@@ -74,7 +76,7 @@ class Window:
         return counts.T
 
     def regular(self) -> np.ndarray:
-        """Far from the edges, `counts` as repeated with the stride, (size, stride).
+        """Returns the pattern of `counts` far from the edges, which repeats, (size, stride).
 
         Example:
           >>> window = Window(3, 8, 8, low=1)
@@ -85,7 +87,7 @@ class Window:
         return (steps % self.stride == 0).astype(int)
 
     def edges(self) -> np.ndarray:
-        """The input positions, in order, where `counts` may not be regular."""
+        """Returns the input positions, in order, at which `counts` may differ from `regular`."""
         source = self.sources()
         reach = (self.size - 1) * self.kernel_dilation
         steps = (np.arange(self.inputs) + self.margin[0]) * self.input_dilation + self.low
@@ -96,11 +98,12 @@ class Window:
         return np.flatnonzero(~inner)
 
     def sums(self, totals: jax.Array) -> jax.Array:
-        """The product of `counts`, of all positions, with an array (any, inputs, any).
+        """Returns the product of `counts` of all positions with an array (any, inputs, any).
 
-        Each kernel position reads `outputs` entries, spaced by the stride: a window on those of
-        one phase. With these cut into blocks of a window's length, a window is the end of a block
-        and the beginning of the next. So the counts need no memory, and nothing is subtracted.
+        Each kernel position reads `outputs` entries, spaced by the stride: a contiguous window on
+        the entries of one phase. The entries are divided into blocks of a window's length. A window
+        is then the end of one block and the beginning of the next. So the sums are cumulative sums
+        within blocks: no matrix of counts is stored, and nothing is subtracted.
         """
         source = self.sources()
         if any(self.margin):

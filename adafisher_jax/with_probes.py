@@ -1,8 +1,9 @@
-r"""Training in a loop of someone else's, which calls `update(grads, state, params)` itself.
+r"""Training in a loop of another library, which calls `update(grads, state, params)` itself.
 
-Such a loop hands an optimizer gradients and nothing more. So the probes, zeros beside the weights
-whose gradients are sums over rows, become a part of the parameters: the loop differentiates by them
-as by anything else, and the optimizer takes its factors out of the gradients.
+Such a loop passes gradients to the optimizer and nothing else. So the probes become a part of the
+parameters. A probe is an array of zeros beside a weight, and its gradient is the layer's sums over
+rows. The loop differentiates by the probes as by any parameter, and the optimizer takes its factors
+out of the gradients.
 
 | the loop | here |
 | --- | --- |
@@ -10,9 +11,9 @@ as by anything else, and the optimizer takes its factors out of the gradients.
 | `loss_fn` | `loss_with_probes(loss_fn, layout)` |
 | `optimizer` | `optimizer_with_probes(optimizer, layout)` |
 
-A loop that averages gradients, over devices or micro-batches, averages sums and row counts alike:
-the factors are right. One that multiplies all gradients by a number, as a clip of their global norm
-does, leaves them right too, but the probes' gradients count in that norm: put the clip into the
+If the loop averages gradients over devices or micro-batches, it averages sums and row counts alike,
+so the factors are right. They are also right if the loop multiplies all gradients by a number. But
+the gradients of the probes count in a global norm: if the loop clips by it, put the clip into the
 optimizer instead.
 """
 
@@ -33,7 +34,7 @@ class WithProbes(NamedTuple):
 
     Attributes:
       params: the parameters.
-      probes: zeros, by layer path; `rows` has the weight's rank.
+      probes: the probes by layer path, zeros. `rows` has the rank of the weight.
     """
 
     params: Any
@@ -41,15 +42,15 @@ class WithProbes(NamedTuple):
 
 
 def add_probes(params: Any, layout: Layout) -> WithProbes:
-    """The parameters with a probe of zeros for each layer.
+    """Returns the parameters with a probe of zeros for each layer.
 
     Args:
       params: a pytree of floating-point arrays.
       layout: from `trace_layout`.
 
     Raises:
-      TypeError: for a layout that is none.
-      ValueError: if the layout is another model's.
+      TypeError: if `layout` is no layout.
+      ValueError: if the layout is of another model.
 
     Example:
       >>> import adafisher_jax as af, jax, jax.numpy as jnp
@@ -66,22 +67,22 @@ def add_probes(params: Any, layout: Layout) -> WithProbes:
 
 
 def loss_with_probes(loss_fn: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
-    r"""A loss of parameters with probes.
+    r"""Returns a loss of parameters with probes.
 
-    Its value is that of `loss_fn`, and so is its gradient by the parameters. Its gradient by a
-    layer's probe is :math:`(\sum_n \bar h_n^2, \sum_n s_n^2, N, \sum_n \bar h_n)`.
+    The value and the gradient by the parameters are those of `loss_fn`. The gradient by a layer's
+    probe is :math:`(\sum_n \bar h_n^2, \sum_n s_n^2, N, \sum_n \bar h_n)`.
 
     Args:
-      loss_fn: of parameters and further arguments, with or without auxiliary data.
+      loss_fn: a loss of parameters and further arguments, with or without auxiliary data.
       layout: from `trace_layout`.
 
     Returns:
       A function `(WithProbes, *args, **kwargs)` that returns what `loss_fn` returns.
 
     Raises:
-      TypeError: for a layout that is none and, from the returned function, for what is not
-        `WithProbes`.
-      ValueError: from the returned function, if the layout is another model's or another loss's.
+      TypeError: if `layout` is no layout; from the returned function, if its first argument is
+        no `WithProbes`.
+      ValueError: from the returned function, if the layout is of another model or loss.
 
     Example:
       >>> import adafisher_jax as af, jax, jax.numpy as jnp
@@ -105,17 +106,17 @@ def loss_with_probes(loss_fn: Callable[..., Any], layout: Layout) -> Callable[..
 def optimizer_with_probes(
     optimizer: optax.GradientTransformation, layout: Layout
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer of parameters with probes, which takes its factors out of their gradients.
+    """Returns an optimizer of parameters with probes, whose gradients give it the factors.
 
     Args:
-      optimizer: takes `factors`, as `adafisher` does or a chain with it.
-      layout: its layout.
+      optimizer: an optimizer that takes `factors`, such as `adafisher` or a chain with it.
+      layout: the layout of the optimizer.
 
     Returns:
-      A transformation of `WithProbes`. Its state is the optimizer's own. Probes are never stepped.
+      A transformation of `WithProbes`. Its state is the optimizer's. Updates of probes are zero.
 
     Raises:
-      TypeError: for a layout that is none and, from `init` and `update`, for what is not
+      TypeError: if `layout` is no layout; from `init` and `update`, if the argument is no
         `WithProbes`.
 
     Example:

@@ -17,7 +17,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import ladder, report
+from benchmarks import ladder, pages, report
 from benchmarks.study import command as study_command
 
 SUITES = {
@@ -64,8 +64,10 @@ def main():
     study_command.add_arguments(study)
     text = "the best learning rate of a model in several sizes"
     ladder.add_arguments(commands.add_parser("ladder", help=text, description=text))
+    text = "writes the tables of the documentation's pages, from what is stored"
+    commands.add_parser("tables", help=text, description=text)
     arguments = parser.parse_args()
-    apart = {"study": study_command.main, "ladder": ladder.main}
+    apart = {"study": study_command.main, "ladder": ladder.main, "tables": pages.main}
     if arguments.suite in apart:
         apart[arguments.suite](arguments)
         return

@@ -12,7 +12,7 @@ from benchmarks import plots, tasks
 from benchmarks.measure import Contender, interleaved, timing
 from benchmarks.models import NNXMLP
 
-COLUMNS = "ms ratio quartiles to_reach".split()
+COLUMNS = "name ms ratio to_reach".split()
 NNX = "mlp in nnx"
 TASKS = ["mlp", "transformer", "conv_net", "resnet18", NNX]
 PLAIN, EVERY, TENTH = "plain", "every step", "every 10th"

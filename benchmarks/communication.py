@@ -1,32 +1,34 @@
-"""How many bytes devices exchange for the factors, read off the compiled train step.
+"""How many bytes devices exchange, read off compiled programs that are never run.
 
-    python -m benchmarks communication
-    python benchmarks/communication.py [--layers 4] [--widths 256 512] [--json communication.json]
-
-A transformer trains data-parallel on eight virtual CPU devices. Its train step is compiled with
-factors and without, never run; the operands of all its collectives are added up.
+A transformer on eight virtual CPU devices. Its whole train step with the rule "centered", with
+weights on every device and batches sharded, with factors and without; and the optimizer's part
+alone with weights, gradients and momentum sharded, each weight along its first axis. A collective
+has the bytes of its operands or of its result, whichever are more, on each device.
 """
 
-import argparse
-import json
-import os
-import pathlib
-import platform
+import contextlib
 import re
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adafisher_jax as af
+from benchmarks import optimizers
+from benchmarks.measure import nbytes
 
-DEVICES, BATCH, LENGTH, VOCABULARY = 8, 32, 64, 4096
-LAYERS, WIDTHS = 4, [256, 512]
-COLUMNS = "layers width gradient_bytes added_bytes added_percent".split()
+DEVICES, BATCH, LENGTH, VOCABULARY, LAYERS = 8, 32, 64, 4096, 4
+COLUMNS = "name exchanged_bytes of_parameters largest_bytes".split()
+WIDTHS = {f"train step, width {width}": width for width in (256, 512)}
+KINDS = {
+    "update, automatic axes": AxisType.Auto,
+    "update, explicit axes": AxisType.Explicit,
+}
+WITHOUT, WITH, ADDED = "without factors", "with factors", "added by factors"
+OPTIMIZERS = ["adamw", "muon", "adafisher:centered"]
 
 COLLECTIVES = "all-reduce all-gather reduce-scatter all-to-all collective-permute".split()
 INSTRUCTION = re.compile(r"%?([\w.-]+) = (\(.*?\)|\S+) ([a-z-]+)\((.*?)\)")
@@ -46,39 +48,119 @@ class Transformer(nn.Module):
         return nn.Dense(VOCABULARY)(nn.LayerNorm()(x))
 
 
-def compile_step(model, with_factors):
-    """The compiled train step, and the bytes of its parameters."""
+class Task:
+    """The transformer, its loss and the shapes of its parameters and batches."""
 
-    def loss_fn(params, tokens):
-        logits = model.apply({"params": params}, tokens[:, :-1])
+    def __init__(self, layers, width):
+        self.model = Transformer(layers, width)
+        self.tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
+        init = lambda: self.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))  # noqa: E731
+        self.params = jax.eval_shape(init)["params"]
+        self.layout = af.trace_layout(self.loss, self.params, self.tokens)
+
+    def loss(self, params, tokens):
+        logits = self.model.apply({"params": params}, tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    mesh = jax.make_mesh((DEVICES,), ("data",), (jax.sharding.AxisType.Auto,))
-    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    params = params["params"]
-    layout = af.trace_layout(loss_fn, params, tokens)
-    tx = af.adafisherw(1e-3, layout, rule="centered")
-    capture = af.value_and_grad(loss_fn, layout)
 
-    def train_step(params, opt_state, tokens):
+def cases(options):
+    use_virtual_devices()
+    return {case: [WITHOUT, WITH, ADDED] for case in WIDTHS} | dict.fromkeys(KINDS, OPTIMIZERS)
+
+
+def use_virtual_devices():
+    """To be called before JAX looks for devices."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def run(case, labels, options):
+    layers = 1 if options.quick else LAYERS
+    task = Task(layers, WIDTHS.get(case, max(WIDTHS.values())))
+    found = train_steps(task) if case in WIDTHS else updates(task, KINDS[case], labels)
+    for label in labels:
+        yield label, found[label]
+
+
+def train_steps(task):
+    without, with_factors = (sum(exchanged(train_step(task, refresh))) for refresh in (False, True))
+    found = {WITHOUT: without, WITH: with_factors, ADDED: with_factors - without}
+    return {label: relative(total, task) for label, total in found.items()}
+
+
+def relative(total, task):
+    return {"exchanged_bytes": total, "of_parameters": total / nbytes(task.params)}
+
+
+def train_step(task, with_factors):
+    """Compiled with each device's share of the batch, and everything else on each."""
+    tx = af.adafisherw(1e-3, task.layout, rule="centered")
+    capture = af.value_and_grad(task.loss, task.layout)
+
+    def step(params, opt_state, tokens):
         if with_factors:
             loss, grads, factors = capture(params, tokens)
         else:
-            loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
+            loss, grads = jax.value_and_grad(task.loss)(params, tokens)
             factors = None
         updates, opt_state = tx.update(grads, opt_state, params, factors=factors)
         return optax.apply_updates(params, updates), opt_state, loss
 
+    mesh = jax.make_mesh((DEVICES,), ("data",), (AxisType.Auto,))
     everywhere, by_rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    placed = (everywhere, everywhere, by_rows)
-    step = jax.jit(train_step, in_shardings=placed, out_shardings=everywhere)
-    opt_state = jax.eval_shape(tx.init, params)
-    return step.lower(params, opt_state, tokens).compile(), nbytes(params)
+    step = jax.jit(step, in_shardings=(everywhere, everywhere, by_rows), out_shardings=everywhere)
+    opt_state = jax.eval_shape(tx.init, task.params)
+    return step.lower(task.params, opt_state, task.tokens).compile().as_text()
 
 
-def nbytes(tree):
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def updates(task, kind, labels):
+    found = {}
+    for label in labels:
+        try:
+            sizes = exchanged(update(task, label, kind))
+        except Exception as error:  # a peer's own: the row says which
+            found[label] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        else:
+            found[label] = relative(sum(sizes), task) | {"largest_bytes": max(sizes, default=0)}
+    return found
+
+
+def update(task, name, kind):
+    """Compiled with weights and momentum along their first axis, and the rest on each device."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), (kind,))
+    tx = optimizers.make(name, task.layout)
+
+    def place(leaf):
+        spec = P("data") if leaf.ndim > 1 and leaf.shape[0] % DEVICES == 0 else P()
+        return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), NamedSharding(mesh, spec))
+
+    def replicate(leaf):
+        placed = isinstance(leaf.sharding, NamedSharding)
+        return leaf if placed else jax.device_put(leaf, NamedSharding(mesh, P()))
+
+    def step(params, opt_state, grads, factors):
+        updates, opt_state = tx.update(grads, opt_state, params, factors=factors)
+        return optax.apply_updates(params, updates), opt_state
+
+    with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
+        params = jax.tree.map(place, task.params)
+        opt_state = jax.tree.map(replicate, tx.init(params))
+        factors = {layer.path: layer.zeros() for layer in task.layout.layers}
+        factors = jax.tree.map(replicate, factors) if name in optimizers.RULES else None
+        pins = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
+        program = jax.jit(step, out_shardings=pins).lower(params, opt_state, params, factors)
+        return program.compile().as_text()
+
+
+def exchanged(program):
+    """Bytes of each collective of a compiled program's text."""
+    instructions = [match.groups() for match in INSTRUCTION.finditer(program)]
+    size = {name: shape_bytes(shape) for name, shape, *_ in instructions}
+    return [
+        max(size[name], sum(size[one] for one in re.findall(r"%([\w.-]+)", operands)))
+        for name, _, operation, operands in instructions
+        if operation.removesuffix("-start") in COLLECTIVES
+    ]
 
 
 def shape_bytes(shape):
@@ -92,85 +174,13 @@ def shape_bytes(shape):
     return total
 
 
-def communicated(text):
-    """Kind of collective → bytes of its operands on each device, in a compiled program."""
-    instructions = [match.groups() for match in INSTRUCTION.finditer(text)]
-    size = {name: shape_bytes(shape) for name, shape, *_ in instructions}
-    found = dict.fromkeys(COLLECTIVES, 0)
-    for _, _, operation, operands in instructions:
-        kind = operation.removesuffix("-start")
-        if kind in found:
-            found[kind] += sum(size[name] for name in re.findall(r"%([\w.-]+)", operands))
-    return found
-
-
-def measure(layers, width):
-    model = Transformer(layers, width)
-    plain, gradients = compile_step(model, with_factors=False)
-    full, _ = compile_step(model, with_factors=True)
-    without, with_factors = communicated(plain.as_text()), communicated(full.as_text())
-    added = sum(with_factors.values()) - sum(without.values())
-    return {
-        "layers": layers,
-        "width": width,
-        "gradient_bytes": gradients,
-        "without_factors": without,
-        "with_factors": with_factors,
-        "added_bytes": added,
-        "added_percent": round(100 * added / gradients, 3),
-    }
-
-
-def print_table(rows):
-    print("layers  width  gradients, bytes  without factors   with factors       added")
-    for row in rows:
-        sums = [sum(row[name].values()) for name in ("without_factors", "with_factors")]
-        print(
-            f"{row['layers']:6}  {row['width']:5}  {row['gradient_bytes']:16,}"
-            f"  {sums[0]:15,}  {sums[1]:13,}  {row['added_bytes']:9,} = {row['added_percent']} %"
-        )
-
-
-def use_virtual_devices():
-    """To be called before JAX looks for devices."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES)
-
-
-def cases(options):
-    use_virtual_devices()
-    return {"transformer": [f"width {width}" for width in WIDTHS]}
-
-
-def run(case, labels, options):
-    for label in labels:
-        yield label, measure(1 if options.quick else LAYERS, int(label.split()[1]))
-
-
 def plot(figure, rows):
-    figure.set_size_inches(5, 3)
+    rows = [row for row in rows if "failed" not in row]
+    figure.set_size_inches(7, 0.6 + 0.3 * len(rows))
     axes = figure.add_subplot()
-    bars = axes.bar([row["label"] for row in rows], [row["added_percent"] for row in rows])
-    axes.bar_label(bars, fmt="%.2f %%")
-    axes.set_ylabel("added by factors,\n% of the gradients' bytes")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = pathlib.Path(__file__).with_suffix(".json")
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--json", default=default, help="where to write the table, with versions")
-    arguments = parser.parse_args()
-
-    use_virtual_devices()
-    rows = [measure(arguments.layers, width) for width in arguments.widths]
-    print_table(rows)
-    versions = {package.__name__: package.__version__ for package in (jax, flax, optax)}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
-    with open(arguments.json, "w") as file:
-        json.dump({"machine": machine, "versions": versions, "rows": rows}, file, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+    bars = axes.barh([row["name"] for row in rows], [row["of_parameters"] for row in rows])
+    axes.bar_label(bars, fmt="%.3g", fontsize=8)
+    axes.set(xscale="log", title="bytes exchanged, relative to those of the parameters")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)

@@ -22,7 +22,7 @@ from benchmarks.update import PLAIN
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there need be no driver
 
 PACKAGES = ["jax-cuda13-plugin"]
-COLUMNS = "kernels kernel_ratio mb ratio to_reach temp_mb".split()
+COLUMNS = "name kernels kernel_ratio mb ratio to_reach temp_mb".split()
 UPDATED = ["wide_mlp", "resnet50", "transformer24", "scanned_transformer24", "gpt2_small"]
 CAPTURED = ["mlp", "conv_net", "resnet50", "transformer", "gpt2_small"]
 GPU = """

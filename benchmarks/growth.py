@@ -8,7 +8,7 @@ from benchmarks.measure import Contender, compiled, interleaved, nbytes, temp_by
 from benchmarks.steps import train_step
 from benchmarks.train_step import stepped
 
-COLUMNS = "ms ms_without ratio quartiles temp_mb temp_mb_without statistics_kb weights_kb".split()
+COLUMNS = "name ms ms_without ratio temp_mb temp_mb_without statistics_kb weights_kb".split()
 RULE = "adafisher:centered"
 POINTS = {
     "width": [64, 128, 256, 512, 1024],

@@ -18,7 +18,7 @@ OUT = pathlib.Path(__file__).with_name("results") / "ladder"
 RECOMMENDED = 3e-2
 OURS = "adafisher:centered"
 DEFAULT = ["adamw:0.99", "muon", OURS]
-COLUMNS = "best_rate best_loss at_recommended lost held_out_loss seeds".split()
+COLUMNS = "name best_rate best_loss at_recommended lost held_out_loss seeds".split()
 
 
 def add_arguments(parser):
@@ -37,7 +37,8 @@ def main(arguments: argparse.Namespace) -> None:
     wanted = [
         dataclasses.replace(one, seed=seed)
         for what in arguments.ladders
-        for size in arguments.sizes or LADDERS[what]
+        for size in LADDERS[what]
+        if not arguments.sizes or size in arguments.sizes
         for name in arguments.optimizers
         for one in _trials(f"{what} {size}", name, arguments.rates)
         for seed in range(arguments.seeds)

@@ -5,7 +5,7 @@ from benchmarks import plots, tasks
 from benchmarks.measure import Contender, compiled, interleaved, timing
 from benchmarks.steps import train_step
 
-COLUMNS = "ms ratio quartiles".split()
+COLUMNS = "name ms ratio".split()
 RULE = "centered"
 LABEL = "every step"
 

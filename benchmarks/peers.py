@@ -10,7 +10,7 @@ from benchmarks import optimizers, plots, tasks
 from benchmarks.measure import contender, interleaved, timing
 from benchmarks.steps import kfac, train_step
 
-COLUMNS = "ms ratio quartiles at_least".split()
+COLUMNS = "name ms ratio at_least".split()
 PACKAGES = ["kfac-jax", "psgd-jax", "optax-shampoo"]
 BASELINE = "adafisher:centered"
 MIXED = {  # name: how often each of two kinds of step is taken

@@ -9,8 +9,10 @@ import platform
 
 import jax
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 PACKAGES = ["jax", "jaxlib", "flax", "optax"]
+UNITS = {"mb": "MB", "kb": "kB", "gb": "GB"}
 
 
 def circumstances(packages, quick):
@@ -71,27 +73,37 @@ def draw(path, plot, rows, machine):
     figure.savefig(path, dpi=150)
 
 
-def table(columns, rows):
-    """The rows as text."""
-    cells = [["", *(column.replace("_", " ") for column in columns)]]
-    for row in rows:
-        texts = [cell(row.get(column)) for column in columns]
-        cells.append([row["name"], *([row["failed"]] if "failed" in row else texts)])
-    widths = [
-        max(len(line[i]) for line in cells if i < len(line) and (i == 0 or len(line) > 2))
-        for i in range(len(columns) + 1)
-    ]
-    return "\n".join(
-        "  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=False)) for line in cells)
+def table(columns, rows, style="simple"):
+    """The rows as text, in a style of tabulate's: words to the left, numbers to the right."""
+    of_words = {c for c in columns if any(isinstance(row.get(c), str) for row in rows)}
+    return tabulate(
+        [[cell(row, column) for column in columns] for row in rows],
+        [heading(column) for column in columns],
+        style,
+        colalign=["left" if column in of_words else "right" for column in columns],
+        disable_numparse=True,
     )
 
 
-def cell(value):
+def heading(column):
+    """A key as people read it."""
+    return " ".join(UNITS.get(word, word) for word in column.split("_"))
+
+
+def cell(row, column):
+    """A quantity, with its quartiles or its standard error where it has one."""
+    value = row.get(column)
     if value is None:
-        return "-"
+        return "fails" if "failed" in row else "–"
     if isinstance(value, list):
-        return "–".join(map(cell, value))
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")
+        mean, error = value
+        return f"{mean:#.3g}".rstrip(".") + (f" ± {error:.1g}" if error else "")
+    if column == "ratio":
+        low, high = row["quartiles"]
+        return f"{value:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
+    return value if isinstance(value, str) else number(value)
+
+
+def number(value):
+    """Whole from 1,000 on; three digits below."""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"

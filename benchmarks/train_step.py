@@ -4,7 +4,7 @@ from benchmarks import optimizers, plots, tasks
 from benchmarks.measure import Contender, compiled, interleaved, nbytes, temp_bytes, timing
 from benchmarks.steps import train_step
 
-COLUMNS = "ms ratio quartiles to_reach state_ratio temp_ratio temp_mb".split()
+COLUMNS = "name ms ratio to_reach state_ratio temp_ratio temp_mb".split()
 TASKS = ["wide_mlp", "transformer", "conv_net", "resnet18"]
 BASELINE = "adamw"
 

@@ -16,7 +16,7 @@ from benchmarks import optimizers, plots, tasks
 from benchmarks.measure import contender, interleaved, nbytes, timing
 from benchmarks.steps import own, update_step
 
-COLUMNS = "ms ratio quartiles to_reach must_move_mb gb_per_s of_copy".split()
+COLUMNS = "name ms ratio to_reach must_move_mb gb_per_s of_copy".split()
 TASKS = ["wide_mlp", "resnet50", "transformer24"]
 COPY, BASELINE = "copy", "adamw"
 PLAIN = (BASELINE, "sgd")

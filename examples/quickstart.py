@@ -22,6 +22,7 @@ import optax
 from flax import linen as nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tabulate import tabulate
 from tqdm import tqdm
 
 import adafisher_jax as af
@@ -93,7 +94,9 @@ def compare(entrants, layout, train, test):
     train_steps = {entrant: make_train_step(tx, layout) for entrant, tx in txs.items()}
 
     curves, seconds = defaultdict(list), defaultdict(list)
-    with tqdm(total=SEEDS * STEPS, desc="training", unit="step", mininterval=1) as progress:
+    with tqdm(
+        total=SEEDS * STEPS, desc="training (step 1 compiles)", unit="step", mininterval=1
+    ) as progress:
         for seed in range(SEEDS):
             batches = np.random.default_rng(seed)
             params = CNN().init(jax.random.key(seed), train[0][:1])["params"]
@@ -120,13 +123,32 @@ def compare(entrants, layout, train, test):
 
 
 def print_table(records):
-    print(f"{'optimizer':<20} peak lr  train loss  test accuracy  ms/step  state bytes")
-    for (name, rate), record in records.items():
-        train_loss, test_accuracy = record.train_loss[:, -1].mean(), record.test_accuracy[:, -1]
-        print(
-            f"{name:<20} {rate:7g}  {train_loss:10.2e}  {test_accuracy.mean():13.3f}"
-            f"  {record.step_ms:7.2f}  {record.state_bytes:11,}"
+    headings = "optimizer", "peak rate", "training loss", "test accuracy", "ms/step", "state bytes"
+    rows = [
+        (
+            name,
+            rate,
+            record.train_loss[:, -1].mean(),
+            record.test_accuracy[:, -1].mean(),
+            *record[2:],
         )
+        for (name, rate), record in records.items()
+    ]
+    print(tabulate(rows, headings, intfmt=",", floatfmt=("", "g", ".2e", ".3f", ".2f")))
+
+
+def conclusion(records, test_size):
+    """What the table shows, in a sentence."""
+    losses = {name: record.train_loss[:, -1].mean() for (name, _), record in records.items()}
+    first, second = sorted(losses, key=losses.get)[:2]
+    accuracies = [record.test_accuracy[:, -1].mean() for record in records.values()]
+    mean = np.mean(accuracies)
+    error = np.sqrt(mean * (1 - mean) / test_size)
+    return (
+        f"{first} ends with the lowest training loss, {losses[first] / losses[second]:.2f} times"
+        f" that of {second}; test accuracies differ by up to {np.ptp(accuracies):.3f}, and one"
+        f" standard error is {error:.3f}."
+    )
 
 
 def write_json(records, path):
@@ -189,7 +211,8 @@ def main():
         write_json(records, arguments.json)
     print(f"curves in {arguments.out}")
     recommended = records[RECOMMENDED, OPTIMIZERS[RECOMMENDED][1]]
-    print(f"test accuracy {recommended.test_accuracy[:, -1].mean():.3f}")
+    print(f"{RECOMMENDED}: test accuracy {recommended.test_accuracy[:, -1].mean():.3f}")
+    print(conclusion(records, len(test[0])))
 
 
 if __name__ == "__main__":

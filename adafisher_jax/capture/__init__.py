@@ -1,4 +1,4 @@
-"""Capturing a loss: the layout of its layers, and its gradients together with their factors."""
+"""Traces a loss: finds the layout of its layers, and its gradients together with the factors."""
 
 from adafisher_jax.capture.gradient import (
     DIAGONAL,

@@ -1,4 +1,4 @@
-"""The bias of a product: a parameter added to its output, along the output's own axes."""
+"""Finds the bias of a product: a parameter that is added to the output along its own axes."""
 
 from adafisher_jax.capture import pieces
 from adafisher_jax.capture.found import Found, Product
@@ -6,7 +6,7 @@ from adafisher_jax.capture.origins import COMPUTED, Origin, Origins, computed_fr
 
 
 def add_to_output(operands: Origins, found: Found) -> Origin | None:
-    """The origin of a sum with a product's output; notes a parameter as the product's bias."""
+    """Returns the origin of a sum with a product's output; notes an added parameter as its bias."""
     first, *outputs = [x for x in operands if x and x.is_output]
     for x in operands:
         if x and x.is_parameter:
@@ -15,7 +15,7 @@ def add_to_output(operands: Origins, found: Found) -> Origin | None:
 
 
 def _pair(output: Origin, bias: Origin, found: Found) -> None:
-    """Makes a parameter the bias of the product whose output it is added to, if it is like one."""
+    """Makes `bias` the bias of the product with this output, if its axes allow that."""
     for i, product in enumerate(found):
         if isinstance(product, Product) and product.place == output.source:
             axes = _bias_axes(product, output, bias)
@@ -26,7 +26,7 @@ def _pair(output: Origin, bias: Origin, found: Found) -> None:
 def _bias_axes(
     product: Product, output: Origin, bias: Origin
 ) -> tuple[tuple[int, int], ...] | None:
-    """For each axis of a bias longer than one, the weight's; None for what is no bias."""
+    """Pairs the axes of a bias longer than one with those of the weight; None if it is no bias."""
     weight, outputs = product.weight, product.linear.outputs
     loops = [[s.loop for s in x.sliced] for x in (weight, bias)]
     if output.sliced or bias.frozen != weight.frozen or loops[0] != loops[1]:

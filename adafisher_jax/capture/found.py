@@ -1,4 +1,4 @@
-"""What uses a parameter in a traced program: a known layer, a product, or what has no factors."""
+"""The three uses of a parameter in a traced program: a known layer, a product, a refused use."""
 
 from typing import NamedTuple
 
@@ -9,24 +9,25 @@ from adafisher_jax.capture.products import Linear
 from adafisher_jax.tap import Use
 
 RECOMPUTED = "checkpoint, again"
-"""In place of a primitive's name, that of a `jax.checkpoint` in the backward pass of a gradient."""
+"""Stands for the name of a `jax.checkpoint` that runs in the backward pass of a gradient."""
 
 MARKED = "adafisher_layer"
-"""The `jax.named_scope` of a call that leaves a mark: products in it are the marked layer's."""
+"""The `jax.named_scope` of a call that leaves a mark. Products inside belong to that layer."""
 
 COMPLEX = "complex, for which the factors are not defined"
 
 
 class Mark(NamedTuple):
-    """One call of a known layer.
+    """One call of a known layer, as the traced program records it.
 
     Attributes:
-      use: what the adapter called it.
-      origins: of its parameters; `None` for what is no parameter of the loss.
-      place: of its equation.
-      inside: the primitives (`"jit"`, `"scan"`, …) it lies within, outermost first, or
-        `RECOMPUTED`.
-      axes: for each of its parameters, its axes in the program; `vmap`s around the mark take some.
+      use: the adapter's description of the layer.
+      origins: the origins of the layer's parameters; `None` for an array that is no parameter of
+        the loss.
+      place: the place of the mark's equation.
+      inside: the primitives (`"jit"`, `"scan"`, …) around the mark, outermost first; `RECOMPUTED`
+        stands for one.
+      axes: for each parameter its axes in the program, `vmap`s around the mark not undone.
     """
 
     use: Use
@@ -42,13 +43,13 @@ class Product(NamedTuple):
     Attributes:
       linear: how the equation multiplies.
       weight: the parameter's origin.
-      bias: that of the parameter added to the output.
-      bias_axes: for each axis of the bias longer than one, the weight's axis it is, both of their
-        sources.
-      place: of its equation.
-      inside: as of a mark.
-      derived: it lies in the call of a marked layer, or in the backward pass of a derivative that
-        the loss takes: another use of the weight describes it, if there is one.
+      place: the place of the equation.
+      inside: the primitives around the equation, as in `Mark`.
+      derived: whether the product lies in the call of a marked layer, or in the backward pass of a
+        derivative that the loss takes. Other uses of the weight then describe it, if there are any.
+      bias: the origin of the parameter that is added to the output.
+      bias_axes: pairs of an axis of the bias longer than one and its axis of the weight, both
+        counted in the whole parameters.
     """
 
     linear: Linear
@@ -66,8 +67,9 @@ class Refusal(NamedTuple):
     Attributes:
       source: the position of the parameter.
       why: the reason.
-      place: of its equation.
-      outweighs: whether other uses of the parameter do not tell of this one: it is with data.
+      place: the place of the equation.
+      outweighs: whether the parameter is refused even if it has other uses, because this use
+        multiplies it by data.
     """
 
     source: int

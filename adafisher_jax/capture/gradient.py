@@ -1,8 +1,8 @@
-"""Capturing a loss: its layout, and its gradients together with its factors.
+"""Traces a loss: finds its layout, and its gradients together with its factors.
 
-A loss is traced once, with the layers that are known by name leaving marks. The traced program
-tells which parameters they use and which it multiplies by. Given probes there, it is
-differentiated.
+The loss is traced once, and the layers that are known by name leave marks. The traced program
+shows which parameters the marked layers use, and which it multiplies by data. With probes inserted
+there, the program is differentiated.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from adafisher_jax.tap import Statistic, vary_like
 
 
 class Form(NamedTuple):
-    """Which form of a layer's statistics is captured, in place of the diagonals.
+    """A form of a layer's statistics: diagonals, or whole matrices.
 
     Attributes:
-      zeros: of a layer and a type: its `Factor` in this form. Each part but `rows` has the
-        weight's rank.
-      statistic: turns a layer's statistic into the one that yields this form.
+      zeros: a function of a layer and a type that returns a zero `Factor` of this form. Each part
+        except `rows` has the weight's rank.
+      statistic: a function that turns a layer's statistic into one that yields this form.
     """
 
     zeros: Callable[[Layer, Any], Factor]
@@ -44,7 +44,7 @@ class _Traced(NamedTuple):
     """A traced loss.
 
     Attributes:
-      program: of the leaves of the loss's argument.
+      program: the traced program, a function of the leaves of the loss's first argument.
       uses: the layers in it.
       result: turns the program's outputs into what the loss returns.
     """
@@ -55,12 +55,12 @@ class _Traced(NamedTuple):
 
 
 def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any) -> _Traced:
-    """Traces a loss of `first` and of further arguments, whose leaves are closed over."""
+    """Traces a loss as a program of `first`; the leaves of further arguments are constants."""
     outputs: Any = None
 
     def program(first: Any) -> list[Any]:
         nonlocal outputs
-        args, kwargs = rest.unflatten(leaves)  # here, so that what is mutable is made in this trace
+        args, kwargs = rest.unflatten(leaves)  # here, so that mutable objects are of this trace
         found, treedef = jax.tree.flatten(loss_fn(first, *args, **kwargs))
         traced = [isinstance(leaf, jax.core.Tracer) for leaf in found]
         untraced = [None if t else (leaf,) for leaf, t in zip(found, traced, strict=True)]
@@ -70,7 +70,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
     parameters, _ = by_path(first)
     check_floating(parameters)
     named, _ = jax.tree_util.tree_flatten_with_path(first)
-    with watching(), jax.disable_jit(False):  # where loops are unrolled, slices have no layer
+    with watching(), jax.disable_jit(False):  # an unrolled loop would hide the layers of slices
         traced = jax.make_jaxpr(program)(first)
     treedef, untraced = outputs
 
@@ -80,7 +80,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
 
     outs = traced.jaxpr.outvars
     scalar = untraced[0] is None and not outs[0].aval.shape if untraced else False
-    counts = [not scalar or i == 0 for i in range(len(outs))]  # beside the loss, outputs are none
+    counts = [not scalar or i == 0 for i in range(len(outs))]  # only the loss counts
     uses = read_uses(find_uses(traced, len(named)), places_reached(traced, counts), named)
     return _Traced(traced, uses, result)
 
@@ -90,7 +90,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def trace_layout(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any) -> Layout:
-    """The layout of `loss_fn(first, *args, **kwargs)`, found without computing anything.
+    """Returns the layout of `loss_fn(first, *args, **kwargs)`, without computing anything.
 
     Raises:
       TypeError: for a leaf of `first` that is not floating-point.
@@ -119,9 +119,9 @@ def value_and_grad(
     form: Form = DIAGONAL,
     when: Any = True,
 ) -> tuple[Any, Any, dict[str, Factor]]:
-    """The value of `loss_fn(first, *args, **kwargs)`, its gradient and its layers' factors.
+    """Returns the value of `loss_fn(first, *args, **kwargs)`, its gradient and its factors.
 
-    The factors are zeros of zero rows where `when` is false.
+    If `when` is false, the factors are zeros and have zero rows.
 
     Raises:
       TypeError: for a leaf of `first` that is not floating-point.
@@ -135,9 +135,9 @@ def value_and_grad(
 
 
 def probes_of(layout: Layout, first: Any, form: Form = DIAGONAL) -> dict[str, Factor]:
-    """Zeros beside each layer's weight, by layer path.
+    """Returns the probe of each layer, zeros, by layer path.
 
-    `rows` has the weight's rank too, to be sliced with it.
+    `rows` has the weight's rank too, so that a scan slices it with the weight.
     """
     leaves, _ = by_path(first)
     layout.check_params(leaves)
@@ -151,14 +151,14 @@ def probes_of(layout: Layout, first: Any, form: Form = DIAGONAL) -> dict[str, Fa
 
 
 def _due(probe: Factor, when: Any) -> Factor:
-    """The probe; its `rows` are 1 where statistics are not due."""
+    """Returns the probe with `rows` of 1 where statistics are not wanted, which its tap reads."""
     rows = jnp.where(when, probe.rows, 1)
-    # In a `shard_map` it is all parts or none that differ between devices, or are summed over them.
+    # In a `shard_map` the parts of a probe must differ between devices all together or not at all.
     return Factor(*(vary_like(part, rows) for part in probe._replace(rows=rows)))
 
 
 def means_of(layout: Layout, sums: dict[str, Factor]) -> dict[str, Factor]:
-    """Factors of sums over rows, as they come out of a backward pass beside the probes."""
+    """Returns the factors, given the gradients of the probes: sums over rows."""
     found = {}
     for layer in layout.layers:
         means = sums[layer.path].from_sums()
@@ -175,7 +175,7 @@ def probed(
     form: Form = DIAGONAL,
     when: Any = True,
 ) -> tuple[Callable[[Any, dict[str, Factor]], Any], list[str]]:
-    """The loss as a function of its first argument and of probes, and which layers have one."""
+    """Returns the loss as a function of its first argument and of probes, and the probed paths."""
     leaves, _ = by_path(first)
     layout.check_params(leaves)
     traced = _trace(loss_fn, first, *jax.tree.flatten((args, kwargs)))
@@ -204,16 +204,16 @@ def probed(
 
 
 def check_layout(layout: Any) -> None:
-    """Raises TypeError for what is no `Layout`."""
+    """Raises a TypeError if `layout` is not a `Layout`."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout")
 
 
 def condition(when: Any) -> Any:
-    """A Python Boolean, or what is traced as it is.
+    """Returns `when` as a Python Boolean, or unchanged if it is traced.
 
     Raises:
-      TypeError: for what is not one Boolean.
+      TypeError: if `when` is not one Boolean.
     """
     if not isinstance(when, bool | jax.Array | np.ndarray | np.bool_):
         raise TypeError(f"when: got {type(when).__name__}, wanted one Boolean")
@@ -223,7 +223,7 @@ def condition(when: Any) -> Any:
 
 
 def _check_same(layout: Layout, uses: Uses) -> None:
-    """Checks the layers met in a loss against those of a layout; some may take no part."""
+    """Checks the layers found in a loss against a layout, of which some may be missing."""
     met = {layer.leaves[0].path: layer for layer in uses.layout.layers}
     for layer in layout.layers:
         found = met.get(layer.leaves[0].path)

@@ -1,13 +1,13 @@
-"""Which parameters do the layers and products of a traced program use?
+"""Finds which parameters the layers and products of a traced program use.
 
-A loss may hand a model its parameters as they are, cast, masked, reshaped, partly frozen, out of a
-larger structure, or through `jax.jit` and `jax.checkpoint`; a lifted transform may slice them. None
-of that can be told from names or array identities, but all of it is plain in the traced program.
-`find_uses` follows the data from the program's inputs to what uses them:
+A loss may cast, mask or reshape its parameters, freeze a part of them, take them out of a larger
+structure, or pass them through `jax.jit` and `jax.checkpoint`. A lifted transform may slice them.
+Names and array identities do not show this; the traced program does. `find_uses` follows the data
+from the program's inputs to two kinds of use:
 
-- each call of a layer that is known by name has left a mark (`adafisher_jax.tap`);
-- every product of a parameter with data is a layer, whoever wrote it (`products`). A parameter that
-  is added to its output, along the output's own axes, is its bias.
+- A call of a layer that is known by name has left a mark (`adafisher_jax.tap`).
+- Every product of a parameter with data is a layer, whoever wrote it (`products`). A parameter that
+  is added to the output, along the output's own axes, is the bias.
 """
 
 import collections
@@ -51,10 +51,10 @@ _OF_PARAMETERS = "multiplied by another parameter before any data"
 
 
 def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
-    """Finds what uses the first `sources` inputs of a traced program, in program order.
+    """Finds the uses of the first `sources` inputs of a traced program, in program order.
 
-    A use inside a loop is reported once; a function that is traced once and called twice is
-    reported at each call.
+    A use inside a loop is reported once. A use inside a function that is traced once and called
+    twice is reported at each call.
     """
     inputs = [
         Origin(i, pieces.whole(var.aval.shape)) if i < sources else None
@@ -66,12 +66,12 @@ def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
 
 
 class _Around(NamedTuple):
-    """Where a program lies.
+    """What is around a program.
 
     Attributes:
-      place: of the equation that calls it, and which of its bodies it is.
-      inside: the primitives around it.
-      derived: whether products in it are.
+      place: the place of the equation that calls the program, and which of its bodies it is.
+      inside: the primitives around the program.
+      derived: whether products in the program are derived (see `Product`).
     """
 
     place: Place
@@ -79,7 +79,7 @@ class _Around(NamedTuple):
     derived: bool
 
     def at(self, index: int, eqn: core.JaxprEqn) -> "_Around":
-        """What is around the first body of an equation."""
+        """Returns what is around the first body of an equation."""
         again = eqn.params.get("differentiated", False)
         name = RECOMPUTED if again else eqn.primitive.name
         scopes = str(eqn.source_info.name_stack)
@@ -87,12 +87,12 @@ class _Around(NamedTuple):
         return _Around((*self.place, (index, 0)), (*self.inside, name), derived)
 
     def body(self, i: int) -> "_Around":
-        """What is around another of its bodies."""
+        """Returns what is around body `i` of the same equation."""
         return self._replace(place=(*self.place[:-1], (self.place[-1][0], i)))
 
 
 def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -> Origins:
-    """The origins of a program's outputs; appends the uses met on the way."""
+    """Returns the origins of a program's outputs; appends the uses in it to `found`."""
     origins: dict[core.Var, Origin | None] = dict(zip(jaxpr.invars, inputs, strict=True))
     reads = collections.Counter(
         var
@@ -139,13 +139,13 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
                     if x and x.is_parameter
                 ]
         for var, one in zip(eqn.outvars, outputs, strict=True):
-            # What is no floating-point number, as a mask made from a parameter, is data.
+            # An array that is not floating-point, as a mask made from a parameter, is data.
             aval: Any = var.aval
             if hasattr(aval, "dtype") and not jnp.issubdtype(aval.dtype, jnp.inexact):
                 one = None
             elif one and not one.lost and len(one.axes) != len(aval.shape):
                 one = computed_from([one], COMPUTED)
-            elif one and reads[var] > 1:  # what is added to it is not added to all uses of it
+            elif one and reads[var] > 1:  # a bias would be added to one of several uses
                 (one,) = settled([one])
             origins[var] = one
     return [origin(atom) for atom in jaxpr.outvars]
@@ -157,7 +157,7 @@ def _run(eqn: core.JaxprEqn, here: _Around, inputs: Origins, found: Found) -> li
 
 
 def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str, ...]) -> Mark:
-    """The mark, with the axes that the `vmap`s around it took undone, outermost first."""
+    """Returns the mark of an equation, its origins without the axes that `vmap`s around it map."""
     handed = Operands.of(operands, eqn.params).parameters
     found = list(handed)
     for level, dims in enumerate(reversed(eqn.params["levels"])):
@@ -169,7 +169,7 @@ def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str
 
 
 def _marked(output: Origin | None, mark: Mark) -> Origin | None:
-    """The origin of a known layer's output: as for what uses it, its own parameters are data."""
+    """Returns the origin of a marked layer's output, in which its own parameters count as data."""
     own = {x.source for x in mark.origins if x}
     if output is None or not output.parameters & own:
         return output
@@ -180,7 +180,7 @@ def _marked(output: Origin | None, mark: Mark) -> Origin | None:
 def _multiply(
     eqn: core.JaxprEqn, operands: Origins, found: Found, inside: tuple[str, ...], here: _Around
 ) -> Origin | None:
-    """The origin of a product's output; appends the product, if one operand is a parameter."""
+    """Returns the origin of a product's output; appends the product if it has one parameter."""
     weights = _weights(operands[:2])
     if len(weights) == 1:
         (i,) = weights
@@ -210,10 +210,10 @@ def _multiply(
 
 
 def _weights(operands: Origins) -> list[int]:
-    """Which of two factors are parameters, and not what is made of one to be data.
+    """Returns which of two operands are parameters in the sense of a product.
 
-    Data are, beside a parameter as it is: one that is frozen, copies of one, and one that was
-    scaled or shifted element by element, which is how inputs of a single example may look.
+    If both come from parameters, some count as data: a frozen parameter, copies of a parameter, and
+    a parameter that was scaled or shifted by element, as the inputs of a single example may be.
     """
     found = [i for i, x in enumerate(operands) if x and x.is_parameter]
     for is_data in (lambda x: x.frozen, lambda x: x.repeated, lambda x: x.mixed):
@@ -247,7 +247,7 @@ def _follow_while(eqn: core.JaxprEqn, operands: Origins, found: Found, run: Run)
 
 
 def _invariant(step: Callable[[Origins], Origins], carry: Origins) -> Origins:
-    """The carried origins that a loop body hands on unchanged; the others are lost."""
+    """Returns the origins that a loop carries unchanged; the other origins are lost."""
     while True:
         kept = [common([old, new]) for old, new in zip(carry, step(carry), strict=True)]
         if kept == carry:
@@ -256,7 +256,7 @@ def _invariant(step: Callable[[Origins], Origins], carry: Origins) -> Origins:
 
 
 def _unsharded(eqn: core.JaxprEqn, operands: Origins) -> Origins:
-    """What a `shard_map` hands to each device; a part of a parameter is not followed."""
+    """Returns the origins inside a `shard_map`; a parameter split over devices is lost."""
     return [
         computed_from([x], "only a device's part of it reaches its layer") if any(spec) else x
         for x, spec in zip(operands, eqn.params["in_specs"], strict=True)

@@ -1,4 +1,4 @@
-"""The Linen layers, and watching a model call them."""
+"""Reports the calls of Linen's layers while a loss is traced."""
 
 import contextlib
 import functools
@@ -24,10 +24,11 @@ def _dense_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
 
 
 def _optimized_lstm(module: Any, run: Any, args: Any, kwargs: Any, on_call: OnCall) -> Any:
-    """Taps an LSTM that multiplies by all its kernels at once where each gate's sum is used.
+    """Reports the dense layers of an LSTM that multiplies by all its kernels at once.
 
-    The pre-activation of a gate is the sum of two dense layers' outputs, so its cotangent is
-    theirs. The cell hands it to `gate_fn` or `activation_fn`, gate by gate.
+    The input of a gate's activation is the sum of two dense layers' outputs, so the cotangents of
+    the two are equal to that of the sum. The cell passes the sum to `gate_fn` or `activation_fn`,
+    gate by gate, and the layers are reported there.
     """
     bound = inspect.signature(inspect.unwrap(nn.OptimizedLSTMCell.__call__)).bind(
         module, *args, **kwargs
@@ -58,8 +59,8 @@ def _methods() -> Iterator[tuple[type, str, Read]]:
     yield from readings.of_common_layers(nn)
 
 
-# By the function behind a method, not by its class: a subclass that calls `super().__call__` is
-# read once.
+# The keys are the functions behind the methods, not the classes: so a subclass that calls
+# `super().__call__` is read once.
 READERS: MappingProxyType[Any, Reader] = MappingProxyType(
     {
         inspect.unwrap(method): readings.reader(method, read)
@@ -71,18 +72,18 @@ READERS: MappingProxyType[Any, Reader] = MappingProxyType(
 
 
 def _unused(module: Any) -> set[str]:
-    """The names under which a layer has no parameter, whatever else of its scope has them."""
+    """Returns the parameter names that a layer does not use, though its scope may hold them."""
     uses = {"bias": "use_bias", "scale": "use_scale"}
     return {name for name, flag in uses.items() if not getattr(module, flag, True)}
 
 
 def marking() -> contextlib.AbstractContextManager[None]:
-    """Within, the Linen layers this thread calls leave marks."""
+    """Returns a context in which the Linen layers that this thread calls leave marks."""
     return nn.intercept_methods(_intercept)
 
 
 def _as_declared(module: Any, run: Any) -> bool:
-    """Whether a call computes what the layer says, without an interceptor or changed parameters."""
+    """Whether a call computes what the layer declares: no interceptor, no overridden `param`."""
     own_method = isinstance(run, functools.partial)
     own_parameters = type(module).param is nn.Module.param
     return own_method and own_parameters and readings.as_declared(module)

@@ -1,7 +1,7 @@
-"""The NNX layers, and watching a model call them.
+"""Reports the calls of NNX's layers while a loss is traced.
 
-NNX has no interceptors. While a loss is watched, the methods of Flax's own layers are exchanged
-for ones that report to the thread that watches; no model is touched.
+NNX has no interceptors. While a thread traces a loss, the methods of Flax's own layers are replaced
+by methods that report to that thread. No model is changed.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def _linear_general(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading 
 
 
 def _lora(module: Any, run: Any, args: Any, kwargs: Any, on_call: OnCall) -> Any:
-    """Reports the two layers of `y = (x A) B`, adding zeros between them to see the first."""
+    """Reports the two layers of `y = (x A) B`; added zeros stand for the output of the first."""
     y = run(*args, **kwargs)
     x = args[0] if args else kwargs["x"]
     x, a, b = (v.astype(y.dtype) for v in (x, module.lora_a[...], module.lora_b[...]))
@@ -51,7 +51,7 @@ READERS: Mapping[tuple[type, str], Reader] = MappingProxyType(
 
 
 class _Methods:
-    """Exchanges the layers' methods while some thread watches."""
+    """Replaces the layers' methods while a thread traces a loss."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class _Methods:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Within, the methods report their calls by this thread."""
+        """Opens a context in which the methods report the calls that this thread makes."""
         self._local.watching = True
         with self._lock:
             if self._watching == 0:
@@ -102,5 +102,5 @@ _methods_of_layers = _Methods()
 
 
 def marking() -> contextlib.AbstractContextManager[None]:
-    """Within, the NNX layers this thread calls leave marks."""
+    """Returns a context in which the NNX layers that this thread calls leave marks."""
     return _methods_of_layers.watched()

@@ -1,4 +1,4 @@
-"""What an array of a traced program came from, and what operations on arrays make of that."""
+"""Origins: from which parameter an array of a traced program came, and what happened to it."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,11 +12,12 @@ from adafisher_jax.capture.places import Place
 
 
 class Slice(NamedTuple):
-    """One slice at a time of an array's axis.
+    """An axis of which a loop or a `vmap` takes one slice at a time.
 
     Attributes:
-      axis: of the source.
-      loop: the place of the scan that slices it; of the mark and the level, where `vmap` does.
+      axis: the axis of the source.
+      loop: the place of the scan that slices. If a `vmap` slices: the place of the mark, and the
+        level of the `vmap`.
     """
 
     axis: int
@@ -25,17 +26,18 @@ class Slice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What an array came from, and what happened on the way.
+    """From what an array came, and what happened on the way.
 
     Attributes:
-      source: the position of the program input, or the place of the product whose output it is;
-        None where several arrays, or only data, are behind it.
-      axes: see `adafisher_jax.capture.pieces`.
-      sliced: the source's axes that are gone, in the order they went.
-      frozen: passed through `stop_gradient`.
-      mixed: combined element by element with other arrays (a mask, noise).
-      lost: why it is no longer the source or a slice of it, if so.
-      behind: the live parameters that what is lost was computed from, by their positions.
+      source: the position of the program input, or the place of the product with this output. None
+        if the array was computed from several arrays or from data only.
+      axes: the array's axes in terms of the source's (see `adafisher_jax.capture.pieces`).
+      sliced: the axes of the source that were sliced away, in order.
+      frozen: whether the array passed through `stop_gradient`.
+      mixed: whether the array was combined by element with other arrays (a mask, noise).
+      lost: why the array is no longer the source or a slice of it; empty if it is.
+      behind: if the array is lost, the positions of the parameters that it was computed from and
+        that are not frozen.
     """
 
     source: int | Place | None
@@ -48,19 +50,22 @@ class Origin:
 
     @property
     def parameters(self) -> frozenset[int]:
-        """The live parameters behind it; what a product makes of one with data is data."""
+        """The positions of the parameters behind the array that are not frozen.
+
+        The output of a product counts as data, whose parameters are not behind it.
+        """
         if self.frozen or self.lost:
             return self.behind
         return frozenset([self.source]) if isinstance(self.source, int) else frozenset()
 
     @property
     def is_parameter(self) -> bool:
-        """Whether it is, but for its form, an input of the program."""
+        """Whether the array is an input of the program, up to its form."""
         return isinstance(self.source, int) and not self.lost
 
     @property
     def is_output(self) -> bool:
-        """Whether it is, but for its form, the output of a product."""
+        """Whether the array is the output of a product, up to its form."""
         return isinstance(self.source, tuple) and not self.lost
 
     @property
@@ -68,7 +73,7 @@ class Origin:
         return any(map(pieces.repeated, self.axes))
 
     def drop(self, axis: int, loop: Place) -> "Origin | None":
-        """The origin of one slice along `axis`."""
+        """Returns the origin of one slice along `axis`."""
         if self.lost:
             return self
         gone = self.axes[axis]
@@ -96,7 +101,7 @@ _REARRANGING = frozenset("reshape squeeze slice dynamic_slice split rev broadcas
 SUMS = frozenset("add add_any".split())
 _MOVING = SUMS | {"sub"}
 _SCALING = frozenset("mul div max min select_n clamp neg".split())
-# What computes arrays from arrays and calls no program that could hold a layer.
+# The primitives that compute arrays from arrays and call no program that could hold a layer.
 ARRAY_OPS = (
     frozenset(p.name for p in vars(jax.lax).values() if isinstance(p, core.Primitive))
     | _SAME
@@ -107,7 +112,7 @@ ARRAY_OPS = (
 
 
 def of_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
-    """The origins of the outputs of an operation on arrays, given those of its operands."""
+    """Returns the origins of the outputs of an array operation, given those of its operands."""
     name = eqn.primitive.name
     if name in _SAME and len(operands) == len(eqn.outvars):
         if name == "stop_gradient":
@@ -130,12 +135,12 @@ def of_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
 
 
 def settled(origins: Origins) -> Origins:
-    """Origins for which the output of a product is one to which no bias is added any more."""
+    """Returns the origins with outputs of products lost, so that nothing becomes their bias."""
     return [computed_from([x], COMPUTED) if x and x.is_output else x for x in origins]
 
 
 def stretched(operands: Origins, eqn: core.JaxprEqn) -> Origins:
-    """The operands of an elementwise operation, each with the axes of its output."""
+    """Returns the operands of an elementwise operation, each broadcast to the output's axes."""
     aval: Any = eqn.outvars[0].aval
 
     def axes(x: Origin) -> Axes:
@@ -145,7 +150,7 @@ def stretched(operands: Origins, eqn: core.JaxprEqn) -> Origins:
 
 
 def _rearranged(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
-    """The axes after a change of an array's form; None where only a part of it is left."""
+    """Returns the axes after a change of an array's form; None if only a part of it is left."""
     match eqn.primitive.name:
         case "transpose":
             return tuple(axes[i] for i in eqn.params["permutation"])
@@ -161,12 +166,12 @@ def _rearranged(eqn: core.JaxprEqn, axes: Axes) -> Axes | None:
 
 
 def common(origins: Origins) -> Origin | None:
-    """The origin of an array that is one of several."""
+    """Returns the origin of an array that is one of several, as after a branch."""
     return origins[0] if all(o == origins[0] for o in origins) else computed_from(origins, COMPUTED)
 
 
 def computed_from(origins: Origins, why: str) -> Origin | None:
-    """What is known of an array computed from others; None if no parameter is behind it."""
+    """Returns the origin of an array computed from others; None if no parameter is behind it."""
     behind = [x for x in origins if x]
     if not behind:
         return None
@@ -181,10 +186,10 @@ def computed_from(origins: Origins, why: str) -> Origin | None:
 
 
 def combined(origins: Origins, scaled: bool) -> Origin | None:
-    """The origin of an elementwise combination: that of the one operand that is a parameter.
+    """Returns the origin of an elementwise combination: that of its one parameter.
 
-    Beside it, what is frozen counts as data. So does anything that is added to it, as a gradient
-    step: the sum moves with the parameter. What a parameter is scaled by must be data.
+    Frozen operands count as data. Operands that are added count as data too, such as a gradient
+    step: the sum moves with the parameter. Operands that scale a parameter must be data.
     """
     behind = [x for x in origins if x]
     exact = {dataclasses.replace(x, mixed=True) for x in behind if not x.lost}

@@ -1,7 +1,7 @@
-"""Which part of which axis: how an array's axes follow from those of the array it came from.
+"""How the axes of an array follow from the axes of the array it came from (the *source*).
 
-A reshape splits and merges axes. An axis of an array is therefore written as its *pieces*, each a
-run of the digits of a source axis's index:
+A reshape splits and merges axes. So an axis of an array is written as its *pieces*. A piece is a
+run of digits of the index along one axis of the source:
 
 | an array made of a source (8, 6) | its axes |
 | --- | --- |
@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A part of a source axis: the digit `index // inner % size` of its index.
+    """A part of an axis of the source: the digit `index // inner % size` of the index along it.
 
     Attributes:
-      axis: of the source; None for copies along an axis that the source does not have.
-      inner: how far apart its entries are along that axis.
-      size: how many there are.
+      axis: the axis of the source; None for copies along an axis that the source does not have.
+      inner: the distance between neighbouring entries along that axis.
+      size: the number of entries.
     """
 
     axis: int | None
@@ -37,22 +37,22 @@ Axes = tuple[Axis, ...]
 
 
 def whole(shape: Sequence[int]) -> Axes:
-    """The axes of a source itself."""
+    """Returns the axes of the source itself."""
     return tuple((Piece(i, 1, n),) for i, n in enumerate(shape))
 
 
 def repeated(axis: Axis) -> bool:
-    """Whether an array holds copies along an axis."""
+    """Whether the array holds copies along an axis."""
     return any(piece.axis is None for piece in axis)
 
 
 def size(axis: Axis) -> int:
-    """The length of an axis."""
+    """Returns the length of an axis."""
     return math.prod(piece.size for piece in axis)
 
 
 def broadcast(axes: Axes, shape: Sequence[int], kept: Sequence[int]) -> Axes:
-    """After a broadcast to `shape` in which the old axes are those `kept`.
+    """Returns the axes after a broadcast to `shape`; old axis `i` becomes axis `kept[i]`.
 
     Example:
       >>> broadcast(whole((1, 6)), (5, 6), (0, 1))
@@ -69,7 +69,7 @@ def _copies(size: int) -> Axis:
 
 
 def reshape(axes: Axes, shape: Sequence[int]) -> Axes | None:
-    """After a reshape; None where an axis would be no product of pieces.
+    """Returns the axes after a reshape; None if an axis would be no product of pieces.
 
     Example:
       >>> reshape(whole((8, 6)), (4, 2, 6))
@@ -98,7 +98,7 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes | None:
 
 
 def _joined(taken: Iterable[Piece]) -> Axis:
-    """Pieces in a row, neighbours of one axis as one."""
+    """Returns the pieces with neighbours of one axis joined."""
     joined: list[Piece] = []
     for piece in taken:
         last = joined[-1] if joined else None
@@ -110,7 +110,7 @@ def _joined(taken: Iterable[Piece]) -> Axis:
 
 
 def within(outer: Axes, axis: Axis) -> Axis | None:
-    """Pieces of an array's axes as pieces of its source, where they can be told.
+    """Returns pieces of an array's axes as pieces of its source; None if they cannot be told.
 
     Example:
       >>> within(reshape(whole((8, 6)), (48,)), (Piece(0, 1, 48),))

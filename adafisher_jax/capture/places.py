@@ -1,4 +1,4 @@
-"""Where an equation of a traced program is, and the programs inside it."""
+"""The place of an equation in a traced program, and the programs that an equation calls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +7,14 @@ import jax
 from jax.extend import core
 
 Place = tuple[tuple[int, int], ...]
-"""Of an equation: in its program, and in those around it, its index and which body it is in."""
+"""The place of an equation: for each program around it, outermost first, and its own, the index of
+the equation there, and which body of that equation comes next."""
 
 
 def bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The programs an equation calls with its own operands, in order.
+    """Yields the programs that an equation calls with its own operands, in order.
 
-    Those of a `while` are its body's; its condition has none of interest.
+    A `while` yields its body and not its condition, which holds no layer of interest.
     """
     taken = len(eqn.invars) - (eqn.primitive.name == "cond")
     if eqn.primitive.name == "while":

@@ -1,9 +1,9 @@
 """Threads probes through a traced program to where statistics are taken.
 
-A probe lies beside a parameter, and must go where that parameter goes: with its slices through
-a scan, along its mapped axis under a `vmap`, and as it is through `jax.jit`, `jax.checkpoint`,
-branches and `shard_map`. So every program that uses a layer gets its probe as further inputs. A
-mark that is given it becomes a tap, and a product gets a tap on its output.
+A probe lies beside a parameter and must go where the parameter goes: in slices through a scan,
+along the mapped axis of a `vmap`, whole through `jax.jit`, `jax.checkpoint`, branches and
+`shard_map`. So every program that uses a layer gets the layer's probe as further inputs. A mark
+with a probe becomes a tap. A product gets a tap on its output.
 """
 
 import functools
@@ -26,29 +26,29 @@ ENTERED = frozenset("jit closed_call checkpoint remat remat2 cond scan shard_map
 
 
 class Carrier(NamedTuple):
-    """Which part of which parameter a probe describes, somewhere in a program.
+    """The part of a parameter that a probe belongs to, somewhere in a program.
 
     Attributes:
       source: the position of the parameter among the program's inputs.
-      sliced: what loops, and nothing else, have sliced on the way.
+      sliced: the axes that loops sliced away on the way. Axes that `vmap` took are not listed.
     """
 
     source: int
     sliced: tuple[Slice, ...]
 
     def within(self, depth: int) -> "Carrier":
-        """The same, `depth` programs deep."""
+        """Returns the carrier of the same parameter, `depth` programs deep."""
         return Carrier(self.source, tuple(s for s in self.sliced if len(s.loop) <= depth))
 
 
 class Completion(NamedTuple):
-    """What makes a tap of a mark, or puts one on a product.
+    """What turns a mark into a tap, or puts a tap on a product.
 
     Attributes:
-      carrier: whose probe it is.
-      axes: those of that parameter, as the mark or the product has it.
-      parameter: of a mark: which of its parameters that is.
-      linear: of a product: how it multiplies.
+      carrier: the carrier whose probe the tap gets.
+      axes: the axes of the parameter, in the form in which the mark or the product has it.
+      parameter: for a mark, the number of the parameter among the mark's parameters.
+      linear: for a product, how it multiplies; None for a mark.
     """
 
     carrier: Carrier
@@ -64,21 +64,21 @@ def insert_probes(
     statistic: Callable[[Statistic], Statistic],
     conditional: bool,
 ) -> Callable[..., list[Any]]:
-    """The program as a function of its inputs and of probes.
+    """Returns the program as a function of its inputs and of probes.
 
     Args:
       program: a traced program.
-      completions: how statistics are taken, by place; other marks stay as they are.
-      probes: zeros beside parameters, by the parameters' positions.
-      statistic: of a mark's statistic, the one its tap is to have.
-      conditional: whether a probe may tell its taps, by `rows` that are not zero, to find none.
+      completions: how statistics are taken, by place. Marks at other places stay as they are.
+      probes: zeros beside parameters, by the positions of the parameters.
+      statistic: a function that turns the statistic of a layer into the one that its tap gets.
+      conditional: whether a probe may turn its taps off, by `rows` that are not zero.
 
     Returns:
       A function of the program's inputs, then the leaves of `probes`.
     """
     avals = {
         Carrier(source, ()): [jax.typeof(part) for part in probe]
-        for source, probe in sorted(probes.items())  # as jax.tree orders them
+        for source, probe in sorted(probes.items())  # in the order of jax.tree
     }
     threaded = _Threading(completions, statistic, conditional).program(program.jaxpr, (), avals)
     return core.jaxpr_as_fun(program.replace(jaxpr=threaded))
@@ -106,7 +106,7 @@ class _Threading:
     def program(
         self, jaxpr: core.Jaxpr, place: Place, avals: Mapping[Carrier, Sequence[Any]]
     ) -> core.Jaxpr:
-        """A program with further inputs at its end: the parts of the carriers' probes."""
+        """Returns a program with further inputs at its end: the parts of the carriers' probes."""
         shadows = {c: [core.Var(aval) for aval in parts] for c, parts in avals.items()}
         eqns: list[core.JaxprEqn] = []
         for index, eqn in enumerate(jaxpr.eqns):
@@ -122,7 +122,7 @@ class _Threading:
     def _tapped(
         self, eqn: core.JaxprEqn, completion: Completion, shadows: Mapping[Carrier, Vars]
     ) -> list[core.JaxprEqn]:
-        """The tap, and before it what gives the probe the form of the parameter."""
+        """Returns the tap, after equations that give the probe the form of the parameter."""
         probe, moves = _formed(shadows[completion.carrier], completion)
         if completion.linear is not None:
             product, tap = _on_output(eqn, completion.linear, probe)
@@ -142,7 +142,7 @@ class _Threading:
         carriers: list[Carrier],
         shadows: Mapping[Carrier, Vars],
     ) -> list[core.JaxprEqn]:
-        """The equation that hands the carriers' probes to the programs in it."""
+        """Returns the equation, changed to pass the carriers' probes to the programs in it."""
         depth, name = len(here), eqn.primitive.name
         outer = {c: shadows[c.within(depth - 1)] for c in carriers}
         sliced = [c for c in carriers if c not in shadows]
@@ -181,7 +181,7 @@ class _Threading:
 def _on_output(
     eqn: core.JaxprEqn, linear: Linear, probe: Vars
 ) -> tuple[list[core.JaxprEqn], core.JaxprEqn]:
-    """A product, and a tap on its output."""
+    """Returns a product, and a tap on its output."""
     (out,) = eqn.outvars
     y, x = core.Var(out.aval), [eqn.invars[i] for i in linear.data]
     zeros: Any = Factor(*(var.aval for var in probe))  # type: ignore[arg-type]
@@ -191,14 +191,13 @@ def _on_output(
 
 
 def _completed(eqn: core.JaxprEqn, completion: Completion, probe: Vars) -> core.JaxprEqn:
-    """The tap that a mark becomes."""
+    """Returns the tap that a mark becomes."""
     _, axes, parameter, _ = completion
     inputs = 1 + eqn.params["inputs"]
-    before = (
-        inputs + eqn.params["parameters"]
-    )  # what follows is the spent probe of a capture inside
+    # Operands after `before` are the used probe of a capture inside this one.
+    before = inputs + eqn.params["parameters"]
     levels = []
-    for level in reversed(eqn.params["levels"]):  # outermost first, as the axes go
+    for level in reversed(eqn.params["levels"]):  # outermost first
         dim, taken = level[inputs + parameter], None
         if dim is not None:
             if not repeated(axes[dim]):
@@ -222,12 +221,12 @@ def _rank(probe: Vars) -> int:
 
 
 def _transposed(probe: Vars, order: list[int]) -> tuple[Vars, list[core.JaxprEqn]]:
-    """The parts of a probe with their axes in another order, and the equations for that."""
+    """Returns the parts of a probe with their axes in another order, and the equations for it."""
     return _applied(lambda part: jax.lax.transpose(part, order), probe)
 
 
 def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprEqn]]:
-    """The parts of a probe with the axes of a parameter, but those along which it is repeated."""
+    """Returns the parts of a probe in a parameter's form, without axes of copies, and equations."""
     carrier, axes = completion.carrier, [a for a in completion.axes if not repeated(a)]
     gone = {s.axis for s in carrier.sliced}
     known = [i for i in range(_rank(probe) + len(gone)) if i not in gone]
@@ -257,7 +256,7 @@ def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprE
 def _applied(
     function: Callable[[jax.Array], jax.Array], probe: Vars
 ) -> tuple[Vars, list[core.JaxprEqn]]:
-    """What a function makes of each part of a probe, and its equations."""
+    """Returns the parts of a probe after a function, and the equations of the function."""
     found, eqns = [], []
     for var in probe:
         program = jax.make_jaxpr(function)(var.aval).jaxpr
@@ -271,13 +270,13 @@ def _applied(
 
 
 def _slices(avals: Sequence[Any]) -> list[Any]:
-    """The types a scan's body sees of what the scan slices."""
+    """Returns the types that a scan's body sees of arrays that the scan slices."""
     program = jax.make_jaxpr(lambda *xs: jax.lax.scan(lambda c, x: (c, ()), (), xs))(*avals)
     return list(program.eqns[0].params["jaxpr"].in_avals)
 
 
 def _on_device(eqn: core.JaxprEqn, avals: Sequence[Any]) -> list[Any]:
-    """The types a `shard_map`'s body sees of what all devices share."""
+    """Returns the types that a `shard_map`'s body sees of arrays that all devices share."""
     same = jax.shard_map(
         lambda *xs: xs,
         mesh=eqn.params["mesh"],
@@ -291,7 +290,7 @@ def _on_device(eqn: core.JaxprEqn, avals: Sequence[Any]) -> list[Any]:
 
 
 def _of_unspecified_input(eqn: core.JaxprEqn) -> dict[str, Any]:
-    """For the parameters that an equation has for each input, those of one without options."""
+    """Returns, for each setting that an equation has per input, the default for a new input."""
     match eqn.primitive.name:
         case "jit":
             template = _jit_of_identity().params
@@ -314,7 +313,7 @@ def _jit_of_identity() -> core.JaxprEqn:
 
 
 def _with_bodies(params: dict[str, Any], programs: list[core.Jaxpr]) -> dict[str, Any]:
-    """An equation's parameters with other programs."""
+    """Returns an equation's parameters with its programs replaced."""
     remaining = iter(programs)
 
     def replaced(value: Any) -> Any:

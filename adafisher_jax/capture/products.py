@@ -1,6 +1,6 @@
-"""What a product of a parameter with data is, read off its equation in the traced program.
+"""Reads a product of a parameter with data from its equation in the traced program.
 
-A linear map is what its operands' axes say, whoever wrote it and in whichever order: the dimension
+The axes of the operands define the linear map, whoever wrote it and in any order. The dimension
 numbers of the equation become the letters of a `statistics.Contraction`, or the windows of a
 `statistics.Convolution`.
 """
@@ -25,12 +25,12 @@ class Linear(NamedTuple):
 
     Attributes:
       kind: as in `adafisher_jax.layout.Layer`.
-      statistic: how its rows are reduced; it names the axes of the weight, as the equation has it.
-      data: which operands of the equation are the input.
-      outputs: for each axis of the output, the weight's axis it is, or None.
-      groups: feature groups of a convolution.
-      apart: so many runs of them are layers of their own.
-      scales: it is no map of rows, but scales the weight along some of its axes.
+      statistic: how the rows are reduced. It names the axes of the weight in the equation's form.
+      data: the operands of the equation that are the input.
+      outputs: for each axis of the output the same axis of the weight, or None.
+      groups: the number of feature groups of a convolution, within one layer.
+      apart: the number of layers in a grouped convolution; each has `groups` groups.
+      scales: whether the equation only scales the weight along some axes, which is no map of rows.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Linear(NamedTuple):
 
 
 def _letters() -> Callable[[int], str]:
-    """A function that yields so many letters, new ones at each call."""
+    """Returns a function of `n` that returns `n` letters, new ones at each call."""
     unused = iter(string.ascii_letters)
     return lambda n: "".join(next(unused) for _ in range(n))
 
@@ -99,9 +99,13 @@ def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
 
 
 def keep_apart(linear: Linear, weight: Axes) -> Linear:
-    """A grouped convolution whose kernel, with these axes, has an axis for groups alone.
+    """Splits a grouped convolution into layers if its kernel has an axis for groups alone.
 
-    So `vmap` runs one convolution with each kernel of a stack.
+    `vmap` over a stack of kernels makes such a convolution.
+
+    Args:
+      linear: any linear map; one without groups is returned unchanged.
+      weight: the axes of the kernel in terms of the whole parameter's.
     """
     if linear.groups == 1:
         return linear
@@ -118,7 +122,7 @@ def keep_apart(linear: Linear, weight: Axes) -> Linear:
 
 
 def _gather(eqn: core.JaxprEqn, weight: int) -> Linear | str:
-    """A lookup of whole rows, along one axis."""
+    """Reads a lookup of whole rows along one axis."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     table: Any = eqn.invars[0].aval
     batch = tuple(numbers.operand_batching_dims)
@@ -150,7 +154,7 @@ def _gather(eqn: core.JaxprEqn, weight: int) -> Linear | str:
 
 
 def _ragged_dot_general(eqn: core.JaxprEqn, weight: int) -> Linear | str:
-    """Rows in a line, group by group, each group with a matrix of its own."""
+    """Reads a product in which each group of consecutive rows has a matrix of its own."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     plain = (((1,), (1,)), ((), ()))
     if (
@@ -176,7 +180,7 @@ READERS: Mapping[str, Callable[[core.JaxprEqn, int], Linear | str]] = MappingPro
         "ragged_dot_general": _ragged_dot_general,
     }
 )
-"""For each product, a function of its equation and of which operand is the parameter.
+"""For each primitive a function of its equation and of the position of the parameter in it.
 
-It returns the linear map, or why that is none.
+The function returns the linear map, or the reason why there is none.
 """

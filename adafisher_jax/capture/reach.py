@@ -1,7 +1,7 @@
-"""What of a traced program its result depends on.
+"""Finds the equations of a traced program that the loss depends on.
 
-A layer may run without a part in the loss: its output is returned beside the loss, or only the
-derivative of a model is used. No cotangent ever reaches such an output.
+The loss may not depend on a layer that runs: its output is returned beside the loss, or only the
+derivative of a model is used. No cotangent reaches such an output.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from adafisher_jax.capture.places import Place, bodies
 
 
 def places_reached(program: core.ClosedJaxpr, outputs: Sequence[bool]) -> set[Place]:
-    """The equations that the chosen outputs of a program depend on, by their places.
+    """Returns the places of the equations that the chosen outputs of a program depend on.
 
-    A use inside a loop without end, or in what cannot be followed, counts as one.
+    All of a `while` loop counts, and all of an equation that cannot be followed.
     """
     reached: set[Place] = set()
     _reach(program.jaxpr, outputs, (), reached)
@@ -24,7 +24,7 @@ def places_reached(program: core.ClosedJaxpr, outputs: Sequence[bool]) -> set[Pl
 def _reach(
     jaxpr: core.Jaxpr, outputs: Sequence[bool], around: Place, reached: set[Place]
 ) -> list[bool]:
-    """Which inputs the chosen outputs depend on."""
+    """Returns for each input whether the chosen outputs depend on it; adds to `reached`."""
     wanted = {v for v, one in zip(jaxpr.outvars, outputs, strict=True) if one and _is_var(v)}
     for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
         outs = [var in wanted for var in eqn.outvars]
@@ -39,7 +39,7 @@ def _reach(
 def _reach_bodies(
     eqn: core.JaxprEqn, outs: list[bool], place: Place, reached: set[Place]
 ) -> list[bool]:
-    """Which operands of an equation the chosen outputs depend on."""
+    """Returns for each operand of an equation whether the chosen outputs depend on it."""
     everything = [True] * len(eqn.invars)
     if eqn.primitive.name == "while":
         (body,) = bodies(eqn)
@@ -48,7 +48,7 @@ def _reach_bodies(
     if eqn.primitive.name == "scan":
         consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         (body,) = bodies(eqn)
-        while True:  # what a step reads of the carry, the step before must write
+        while True:  # the carry that a step reads is written by the step before
             ins = _reach(body, outs, place, reached)
             more = [a or b for a, b in zip(outs, ins[consts : consts + carries], strict=False)]
             if more == outs[:carries]:

@@ -1,7 +1,7 @@
-"""What a call of a Flax layer tells: its kind, its parameters and its statistic.
+"""Reads a call of a Flax layer: its kind, its parameters and its statistic.
 
-Linen and NNX write their layers alike, so their modules are read alike. A reader runs one call
-of a layer and reports it; which function has which reader is for the two to say.
+The layers of Linen and NNX have the same attributes, so both are read here. A reader runs one call
+of a layer and reports it. `linen_layers` and `nnx_layers` say which method has which reader.
 """
 
 import inspect
@@ -25,12 +25,12 @@ class Reading(NamedTuple):
 
     Attributes:
       kind: as in `adafisher_jax.layout.Layer`.
-      statistic: how its rows are reduced.
-      x: its input.
-      weight: the name of its weight.
-      bias: the name of its bias.
+      statistic: how the rows of the layer are reduced.
+      x: the input of the layer.
+      weight: the name of the weight.
+      bias: the name of the bias.
       inside: the path from the module's parameters to the layer's.
-      groups: feature groups.
+      groups: the number of feature groups.
     """
 
     kind: str
@@ -43,12 +43,12 @@ class Reading(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """Of its parameters."""
+        """The names of the layer's parameters."""
         return {self.weight, self.bias}
 
 
 def marked(found: Reading, y: Any, held: Mapping[str, jax.Array]) -> Any:
-    """A layer's output, marked with those of its parameters that are held under their names."""
+    """Returns a layer's output with a mark that holds the layer's parameters among `held`."""
     weight, bias = (name if name in held else None for name in (found.weight, found.bias))
     use = Use(
         found.kind,
@@ -64,7 +64,7 @@ def marked(found: Reading, y: Any, held: Mapping[str, jax.Array]) -> Any:
 
 
 def as_declared(module: Any) -> bool:
-    """Whether a layer multiplies by Flax's own operations, none that was injected."""
+    """Whether a layer multiplies by the operations of Flax and JAX, and by none injected."""
     injected = (
         getattr(module, name, None)
         for name in "dot_general dot_general_cls conv_general_dilated conv_general_dilated_cls "
@@ -80,28 +80,28 @@ Reader = Callable[[Any, Callable[..., Any], Any, Any, OnCall], Any]
 
 
 def _tuple(value: Any, rank: int = 1) -> tuple[int, ...]:
-    """An int, a sequence or None as a tuple of ints, an int standing for every axis."""
+    """Returns an int, a sequence or None as a tuple of ints; an int stands for every axis."""
     if value is None:
         value = 1
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
 def dense(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
-    """A `Dense` or `Linear`."""
+    """Reads a `Dense` or `Linear`."""
     return Reading("dense", statistics.dense(x.ndim), x)
 
 
 def dense_general(
     module: Any, x: jax.Array, y: jax.Array, batch: Sequence[int], features: Any
 ) -> Reading:
-    """A `DenseGeneral` or `LinearGeneral`, given its batch axes and output features."""
+    """Reads a `DenseGeneral` or `LinearGeneral`, given its batch axes and output features."""
     axis = sorted(a % x.ndim for a in _tuple(module.axis))
     statistic = statistics.dense(x.ndim, axis, len(batch), len(_tuple(features)))
     return Reading("dense", statistic, x)
 
 
 def einsum(module: Any, x: jax.Array, y: jax.Array, rest: dict[str, Any]) -> Reading | None:
-    """An `Einsum`; None where it is not one linear map."""
+    """Reads an `Einsum`; None if it is not one linear map."""
     equation: str = rest.get("einsum_str") or module.einsum_str
     shape = tuple(module.shape if hasattr(module, "shape") else module.kernel_shape)
     operands, result, _ = opt_einsum.parser.parse_einsum_input(
@@ -116,7 +116,7 @@ def einsum(module: Any, x: jax.Array, y: jax.Array, rest: dict[str, Any]) -> Rea
 
 
 def _windows(module: Any, x: jax.Array, y: jax.Array) -> tuple[Window, ...]:
-    """How a `Conv` or `ConvLocal` moves along each spatial axis."""
+    """Returns how a `Conv` or `ConvLocal` moves along each spatial axis."""
     size = _tuple(module.kernel_size)
     rank = len(size)
     padding = canonicalize_padding(module.padding, rank)
@@ -151,7 +151,7 @@ _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 def conv(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
-    """A `Conv` or `ConvLocal`."""
+    """Reads a `Conv` or `ConvLocal`."""
     windows = _windows(module, x, y)
     if not getattr(module, "shared_weights", True):
         return Reading("conv_local", statistics.LocalConvolution(windows), x)
@@ -160,7 +160,7 @@ def conv(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
 
 
 def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
-    """A `ConvTranspose`."""
+    """Reads a `ConvTranspose`."""
     size = _tuple(module.kernel_size)
     rank = len(size)
     padding = canonicalize_padding(module.padding, rank)
@@ -177,7 +177,7 @@ def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
     ):
         reach = (k - 1) * dilation + 1
         match padding:
-            case "CIRCULAR":  # the dilated input is read around
+            case "CIRCULAR":  # reads wrap around the dilated input
                 margin = (0, -(-(reach - 1) // stride))
                 windows.append(
                     Window(k, n, m, 1, 0, stride, dilation, margin, "wrap", module.transpose_kernel)
@@ -191,28 +191,33 @@ def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
                 low = int(padding[axis][0])
         windows.append(Window(k, n, m, 1, low, stride, dilation, flip=module.transpose_kernel))
     statistic: Any = statistics.Convolution(tuple(windows))
-    if module.transpose_kernel:  # then it is (*window, out, in)
+    if module.transpose_kernel:  # the kernel is (*window, out, in)
         order = (*range(rank), rank + 1, rank)
         statistic = statistics.Rearranged(statistic, None, order, None)
     return Reading("conv", statistic, x)
 
 
 def lookup(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
-    """An `Embed`."""
+    """Reads an `Embed`."""
     return Reading(
         "embedding", statistics.lookup(x.ndim, module.num_embeddings), x, "embedding", ""
     )
 
 
 def attend(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
-    """The `attend` of an `Embed`."""
+    """Reads the `attend` of an `Embed`."""
     letters = statistics.dense(x.ndim)
     statistic = statistics.Contraction(letters.x, letters.weight[::-1], letters.y)
     return Reading("attend", statistic, x, "embedding", "")
 
 
 def norm(axes_of: Callable[[Any], Any], keeps_tokens: bool) -> Read:
-    """Of a normalization layer, given how to tell its channels; None without any."""
+    """Returns a `Read` of normalization layers, which returns None for a layer without channels.
+
+    Args:
+      axes_of: a function of the module that returns the axes of its channels.
+      keeps_tokens: as in `statistics.Normalization`.
+    """
 
     def read(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading | None:
         channels = tuple(sorted(a % x.ndim for a in _tuple(axes_of(module))))
@@ -225,7 +230,7 @@ def norm(axes_of: Callable[[Any], Any], keeps_tokens: bool) -> Read:
 
 
 def reader(method: Callable[..., Any], read: Read) -> Reader:
-    """A reader for a method whose output is the layer's own."""
+    """Returns a reader of a method whose output is the output of the layer."""
     signature = inspect.signature(inspect.unwrap(method))
 
     def run_and_report(module: Any, run: Any, args: Any, kwargs: Any, on_call: OnCall) -> Any:
@@ -239,7 +244,7 @@ def reader(method: Callable[..., Any], read: Read) -> Reader:
 
 
 def of_common_layers(flax: Any) -> Iterator[tuple[type, str, Read]]:
-    """The methods, and how to read them, that go by the same names in Linen and NNX."""
+    """Yields the methods that have the same names in Linen and NNX, and how to read each."""
     yield flax.Einsum, "__call__", einsum
     yield flax.Conv, "__call__", conv
     yield flax.ConvTranspose, "__call__", conv_transpose

@@ -1,7 +1,7 @@
-"""Which layers a loss uses, and with which of its parameters.
+"""Decides which layers a loss has, and which parameters belong to each.
 
-Marks and products, found in the traced program, are matched with the leaves of the loss's first
-argument. That gives the `Layout`, and says where in the program a layer's statistics are taken.
+The marks and products of the traced program are matched with the leaves of the loss's first
+argument. The result is the `Layout`, and where in the program the statistics of a layer are taken.
 """
 
 import collections
@@ -21,14 +21,13 @@ from adafisher_jax.statistics import numbered
 
 
 class Uses(NamedTuple):
-    """What a traced loss tells.
+    """What is known of a traced loss.
 
     Attributes:
-      layout: its layers.
-      sources: the position of the parameter beside which each layer's probe goes, by the path of
-        that parameter.
-      completions: by their places, where statistics are taken.
-      refused: by their paths, the parameters met in uses that cannot be captured, and why.
+      layout: the layers of the loss.
+      sources: the positions of the parameters that have a probe beside them, by their paths.
+      completions: how statistics are taken, by place.
+      refused: the reasons why parameters cannot be captured, by their paths.
     """
 
     layout: Layout
@@ -38,12 +37,12 @@ class Uses(NamedTuple):
 
 
 def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]]) -> Uses:
-    """Matches what uses parameters with the parameters.
+    """Matches the uses of parameters with the parameters.
 
     Args:
-      found: in a traced loss.
-      reached: the places whose outputs have a part in the loss.
-      named: the leaves of its first argument, with their pytree paths.
+      found: the uses in a traced loss.
+      reached: the places that the loss depends on.
+      named: the leaves of the loss's first argument, with their pytree paths.
 
     Raises:
       ValueError: if there is no use at all, or if layers of two kinds share a parameter.
@@ -79,11 +78,13 @@ class _Found(NamedTuple):
     """One use of a weight.
 
     Attributes:
-      layer: what it is a use of.
-      origin: of the weight.
-      mark: whether a mark tells of it.
+      layer: the layer that the use makes of the weight.
+      origin: the origin of the weight.
+      place: the place of the mark or product.
+      completion: how statistics are taken there.
+      mark: whether the use is a mark; otherwise it is a product.
       derived: see `Product`.
-      ends: whether a gradient comes out of the loops around it.
+      ends: whether a gradient passes through the loops around the use: none is a `while`.
     """
 
     layer: Layer
@@ -102,8 +103,8 @@ class _Reader:
         self.named = named
         self.found: dict[int, list[_Found]] = {}
         self.unused: dict[int, str] = {}
-        self.reasons: dict[int, str] = {}  # why a use of a parameter is none of a layer
-        self.problems: dict[int, str] = {}  # those that no other use outweighs
+        self.reasons: dict[int, str] = {}  # why a use of a parameter is no layer
+        self.problems: dict[int, str] = {}  # reasons that hold whatever other uses there are
 
     def add_refusal(self, use: Refusal, reached: bool) -> None:
         """Notes a use that cannot be captured."""
@@ -180,7 +181,7 @@ class _Reader:
         )
 
     def _bias(self, product: Product, weight: Leaf) -> Leaf | None:
-        """The bias of a product, if each of its axes is one of the weight's."""
+        """Returns the bias of a product; None unless each of its axes is one of the weight's."""
         if product.bias is None:
             return None
         assert isinstance(product.bias.source, int)
@@ -200,11 +201,11 @@ class _Reader:
         self.found.setdefault(main.position, []).append(found)
 
     def _named(self, mark: Mark, name: str, axes: Axes, origin: Origin | None) -> _Parameter | None:
-        """The parameter that a mark calls `name`; None if it is none of ours."""
+        """Returns the parameter that a mark calls `name`; None if no gradient is taken of it."""
         if origin is None or not isinstance(origin.source, int):
             return None
         if origin.frozen and (origin.mixed or origin.lost):
-            return None  # an averaged teacher, say: no gradient reaches the parameter
+            return None  # as an averaged teacher: no gradient reaches the parameter
         keys, array = self.named[origin.source]
         problem = mark.use.problem or origin.lost or _closed(mark.inside)
         if not problem and origin.repeated:
@@ -217,7 +218,7 @@ class _Reader:
         return _Parameter(origin.source, leaf, "/".join(_holder(parts, name)), origin, problem)
 
     def finish(self) -> Uses:
-        """The layout of all that was added, and where to take statistics."""
+        """Returns the layout of all uses that were added, and where to take statistics."""
         covered: dict[int, Layer] = {}
         completions: dict[Place, Completion] = {}
         chosen = {
@@ -238,13 +239,13 @@ class _Reader:
                 self._refuse(found, "shares its bias with another layer")
                 continue
             covered[position] = layer
-            # Behind stop_gradient a layer counts only where it is not used live too, and nothing
-            # is captured in a loop that cannot be differentiated backwards.
+            # Uses behind stop_gradient count only if there are no others. Nothing is captured in a
+            # loop through which no gradient passes.
             live = [f for f in found if not f.origin.frozen] or found
             completions |= {f.place: f.completion for f in live if f.ends}
         holders = collections.Counter(layer.path for layer in covered.values())
         for position, layer in covered.items():
-            if holders[layer.path] > 1:  # several layers in one module: each by its own weight
+            if holders[layer.path] > 1:  # several layers in one module: the path is the weight's
                 covered[position] = dataclasses.replace(layer, path=layer.leaves[0].path)
         layers = {layer.path: layer for layer in covered.values()}
         sources = {layer.leaves[0].path: position for position, layer in covered.items()}
@@ -271,9 +272,12 @@ class _Reader:
 
 
 def _closed(inside: tuple[str, ...]) -> str:
-    """Why no probe gets to a use within some primitives; loops without end need none."""
+    """Returns why no probe reaches a use inside some primitives; empty if one does.
+
+    A `while` loop is no reason: no gradient passes through it, so its uses need no probe.
+    """
     for name in inside:
-        if name == RECOMPUTED:  # one call is two, and each has a share of its cotangent
+        if name == RECOMPUTED:  # the call runs twice, and each run has a part of its cotangent
             return "computed again by jax.checkpoint for a gradient inside the loss"
         if name.startswith("custom_"):
             return "used inside a function with its own derivative rule"
@@ -283,9 +287,9 @@ def _closed(inside: tuple[str, ...]) -> str:
 
 
 def _describing(found: list[_Found]) -> list[_Found]:
-    """The uses that describe a weight."""
+    """Returns the uses of a weight whose rows its factors average."""
     found = [f for f in found if not f.derived] or found
-    # Of an embedding that is looked up, its lookups.
+    # An embedding that is looked up is described by its lookups.
     lookups = [f for f in found if f.layer.kind == "embedding"]
     if lookups and all(f in lookups or _attends(f.layer) for f in found):
         found = lookups
@@ -308,7 +312,7 @@ def _describing(found: list[_Found]) -> list[_Found]:
 
 
 def _attends(layer: Layer) -> bool:
-    """Whether a layer multiplies by the transpose of its weight: `Embed.attend`, or by hand."""
+    """Whether a layer multiplies by the transpose of its weight, as `Embed.attend` does."""
     return layer.kind == "attend" or (layer.kind == "dense" and layer.axes == ("out0", "in0"))
 
 
@@ -317,15 +321,16 @@ def _loops(origin: Origin) -> tuple[Place, ...]:
 
 
 def _carrier(origin: Origin, place: Place) -> Carrier:
-    """The probe of the parameter with `origin`, as it is at a place."""
+    """Returns the carrier of the parameter with `origin` at a place."""
     assert isinstance(origin.source, int)
     return Carrier(origin.source, origin.sliced).within(len(place) - 1)
 
 
 def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
-    """Names a whole parameter's axes, given those of the array that a layer sees.
+    """Names the axes of a whole parameter, given the names in the array that a layer sees.
 
-    None if a part of one axis is of inputs and another part of outputs.
+    Returns:
+      The names, or None if one axis is part input and part output.
     """
     if all(len(axis) == 1 and axis[0].inner == 1 for axis in origin.axes):
         names = {axis[0].axis: name for axis, name in zip(origin.axes, inner, strict=True)}
@@ -336,9 +341,10 @@ def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
 
 
 def _source_axes(inner: Axes, origin: Origin, rank: int, apart: int = 1) -> Axes | None:
-    """The same where axes were split or merged, numbered anew.
+    """Names the axes of a whole parameter as `_named_axes`, also if axes were split or merged.
 
-    The first `apart` of an axis of outputs are layers of their own.
+    The names are numbered anew. The outermost `apart` entries of an output axis count as
+    independent maps (`"batch0"`).
     """
     roles: dict[int, set[str]] = {i: set() for i in range(rank)}
     for axis, name in zip(origin.axes, inner, strict=True):
@@ -351,12 +357,12 @@ def _source_axes(inner: Axes, origin: Origin, rank: int, apart: int = 1) -> Axes
         roles[s.axis] = {"stack"}
     if any(len(found) > 1 for found in roles.values()):
         return None
-    # An axis of size one that a reshape took away is of outputs as well as of anything.
+    # An axis of length one that a reshape removed may have any role; it counts as an output axis.
     found = numbered([next(iter(roles[i]), "out") for i in range(rank)])
     stacks = {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
     return tuple(stacks.get(i, name) for i, name in enumerate(found))
 
 
 def _holder(path: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """The path of the mapping or module that holds `name`, given the path of its array."""
+    """Returns the path of the mapping or module that holds `name`, given the array's path."""
     return path[: -1 - path[::-1].index(name)] if name in path else path[:-1]

@@ -1,4 +1,4 @@
-"""Watching a loss: while it is traced, every Flax layer it calls leaves a mark."""
+"""Opens a context in which every Flax layer that a traced loss calls leaves a mark."""
 
 import contextlib
 import contextvars
@@ -10,13 +10,16 @@ from adafisher_jax.capture import linen_layers, nnx_layers
 
 _watching = contextvars.ContextVar("adafisher_watching", default=False)
 
-# Part of the keys of JAX's caches: a function traced without marks is traced again for them.
+# A part of the keys of JAX's caches, so that a function traced without marks is traced again.
 _trace_key = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-    """Within, the layers this thread calls leave marks; a capture inside another adds no second."""
+    """Opens a context in which the layers that this thread calls leave marks, one for each call.
+
+    Contexts inside the context add no second mark.
+    """
     if _watching.get():
         yield
         return

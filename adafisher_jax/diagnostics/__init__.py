@@ -1,13 +1,13 @@
-"""Seeing the curvature: what the optimizer does to each layer, and how far its diagonals hold.
+"""Diagnostics: what the optimizer does to each layer, and how well diagonals describe it.
 
-- `report`, `table`, `scalars`: live, from the optimizer's state, inside a jitted step.
-- `averages`: what that state keeps of each layer.
+- `report`, `table`, `scalars`: a live report from the optimizer's state, inside a jitted step.
+- `averages`: the stored averages of each layer.
 - `full_factors`, `pool`: the whole Kronecker factors of chosen layers.
 - `diagonal_energy`, `gershgorin`, `add_noise`, `eigenvalues`, `kaiser`, `fourier`,
-  `signal_to_noise`: how diagonal such a factor is.
+  `signal_to_noise`: how diagonal a whole factor is.
 - `compare_steps`: steps of the approximations beside those of the exact empirical Fisher.
-- `landscape`: the loss on the plane along which several optimizers moved.
-- `pictures`: all of these, drawn with matplotlib.
+- `landscape`: the loss on the plane in which several optimizers moved.
+- `pictures`: plots of all of these, with matplotlib.
 """
 
 from adafisher_jax.diagnostics import landscape, pictures

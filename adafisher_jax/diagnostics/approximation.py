@@ -1,4 +1,4 @@
-r"""How good the diagonal-Kronecker curvature is, where the exact one can still be built."""
+r"""Compares the diagonal-Kronecker curvature with the exact one, for layers small enough."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,15 +13,15 @@ from adafisher_jax.diagnostics.full_factors import FullFactor, choose, full_fact
 from adafisher_jax.diagnostics.pure import pure
 from adafisher_jax.layout import Layer, Layout, by_path
 
-LARGEST = 2000  # parameters of a layer whose exact matrix is built unasked
+LARGEST = 2000  # the most parameters of a layer whose exact matrix is built by default
 
 
 class Deviation(NamedTuple):
-    """A step beside the exact one.
+    """How much a step differs from the exact step.
 
     Attributes:
-      angle: between the two, in degrees.
-      error: the norm of their difference, relative to the exact one's.
+      angle: the angle between the two steps, in degrees.
+      error: the norm of their difference, relative to the norm of the exact step.
     """
 
     angle: jax.Array
@@ -29,10 +29,10 @@ class Deviation(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Steps of one layer beside that of its exact empirical Fisher.
+    """Three steps of one layer, compared with the step of its exact empirical Fisher.
 
     Attributes:
-      gradient: the gradient itself, as long as the exact step.
+      gradient: the gradient, scaled to the length of the exact step.
       diagonal: the step of the diagonal-Kronecker curvature.
       kronecker: the step of the Kronecker curvature.
     """
@@ -49,10 +49,9 @@ def compare_steps(
     *,
     damping: float = 0.1,
 ) -> Callable[..., dict[str, Comparison]]:
-    r"""Steps `(F + λI)⁻¹g` of three curvatures, against the exact empirical Fisher's.
+    r"""Returns a function that compares steps `(F + λI)⁻¹g` of three curvatures.
 
-    With :math:`g_i` the gradient of example `i` of `B`, and the factors of `full_factors` over
-    `N` rows,
+    With the gradients :math:`g_i` of `B` examples, and the factors of `full_factors` over `N` rows,
 
     .. math::
 
@@ -60,28 +59,28 @@ def compare_steps(
         F_{kron} = N B\, H \otimes S, \qquad
         F_{diag} = N B\, \mathrm{diag}(H) \otimes \mathrm{diag}(S)
 
-    where the factor `NB` turns cotangents of the mean loss into those of examples, and sums over
-    an example's positions as if they were independent. `λ` is `damping` times the average
-    diagonal entry of each.
+    The factor `NB` turns cotangents of the mean loss into those of examples, and sums over the
+    positions of an example as if they were independent. `λ` is `damping` times the average
+    diagonal entry of the curvature.
 
     Args:
-      loss_fn: a scalar loss, the *mean over examples* of terms that depend on one example each
-        (no batch statistics), of Linen parameters or an NNX module.
+      loss_fn: a scalar loss of Linen parameters or an NNX module. It is the *mean over examples* of
+        terms that depend on one example each (no batch statistics).
       layout: from `trace_layout`.
-      paths: of the layers; None for all with at most 2,000 parameters and two factors.
-      damping: relative, as above.
+      paths: the paths of the layers; None for all with at most 2,000 parameters and two factors.
+      damping: the relative damping, as above.
 
     Returns:
-      A function of the loss's arguments that returns a `Comparison` for each path. Jit it. The
-      arguments' arrays have the examples on their first axis. Of stacked layers the numbers are
+      A function of the loss's arguments that returns a `Comparison` for each path. Jit it. Arrays
+      among the arguments have the examples on their first axis. For stacked layers the numbers are
       arrays.
 
     Raises:
-      TypeError, ValueError: those of `full_factors`; from the returned function, ValueError if the
-        arrays disagree in their first axis.
+      TypeError, ValueError: as `full_factors`; from the returned function, ValueError if arrays
+        differ in the length of their first axis.
 
     Example:
-      With cotangents that are all alike the Kronecker curvature is exact:
+      The Kronecker curvature is exact if all cotangents are equal:
 
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
       >>> model, x = nn.Dense(1), jax.random.normal(jax.random.key(1), (8, 3))
@@ -108,13 +107,13 @@ def compare_steps(
 
 
 def _size(layer: Layer) -> int:
-    """Of one of the stacked layers."""
+    """Returns the number of parameters of one of the stacked layers."""
     blocks = math.prod(layer.shape[i] for i in layer.blocks)
     return sum(leaf.size for leaf in layer.leaves) // blocks
 
 
 def _gradients(loss: Any, params: Any, args: Any, kwargs: Any) -> dict[str, jax.Array]:
-    """Of every example's loss: arrays (examples, *shape) by path."""
+    """Returns the gradients of every example's loss: arrays (examples, *shape) by path."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
     counts = {np.shape(leaves[i])[:1] for i in arrays}
@@ -146,7 +145,7 @@ def _compare(
 
 
 def _vectors(layer: Layer, leaves: dict[str, jax.Array]) -> jax.Array:
-    """A layer's arrays as vectors, (blocks, n), in the order of its inputs, the bias last."""
+    """Returns a layer's arrays as vectors, (blocks, n), in the order of inputs, the bias last."""
     whole = layer.to_matrices(leaves[layer.leaves[0].path])
     if layer.bias is not None:
         bias = layer.to_matrices(layer.from_bias(leaves[layer.bias.path]))

@@ -1,8 +1,9 @@
-r"""How far a symmetric matrix, such as a whole Kronecker factor, is diagonal.
+r"""Measures how diagonal a symmetric matrix is, such as a whole Kronecker factor.
 
-The analysis of arXiv:2405.16397, section 3.1 and appendix A.1, and of the thesis, arXiv:2504.20096:
-factors concentrate on their diagonal, and noise beside it hardly moves their eigenvalues. Every
-function takes an array (n, n) and works under `jax.vmap`, for a stack of them.
+The analysis is that of arXiv:2405.16397, section 3.1 and appendix A.1, and of the thesis,
+arXiv:2504.20096. It finds that factors concentrate on their diagonal, and that noise beside the
+diagonal hardly moves their eigenvalues. Every function takes an array (n, n), and works under
+`jax.vmap` for a stack of arrays.
 """
 
 from typing import NamedTuple
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 
 
 def diagonal_energy(matrix: jax.Array) -> jax.Array:
-    r"""The diagonal's share of the squared Frobenius norm, in [0, 1].
+    r"""Returns the diagonal's share of the squared Frobenius norm, in [0, 1].
 
     .. math:: \sum_i M_{ii}^2 \Big/ \sum_{ij} M_{ij}^2
 
-    1 for a diagonal matrix, 1/n for one whose entries are all alike.
+    The share is 1 for a diagonal matrix, and 1/n for a matrix of equal entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -28,7 +29,7 @@ def diagonal_energy(matrix: jax.Array) -> jax.Array:
 
 
 class Discs(NamedTuple):
-    """Gershgorin's discs of a symmetric matrix, thus intervals.
+    """Gershgorin's discs of a symmetric matrix, which are intervals.
 
     Attributes:
       centers: the diagonal, (n,).
@@ -40,12 +41,12 @@ class Discs(NamedTuple):
 
     @property
     def bounds(self) -> tuple[jax.Array, jax.Array]:
-        """Between which all eigenvalues lie."""
+        """The two bounds between which all eigenvalues lie."""
         return jnp.min(self.centers - self.radii, -1), jnp.max(self.centers + self.radii, -1)
 
 
 def gershgorin(matrix: jax.Array) -> Discs:
-    r"""The discs in whose union all eigenvalues lie.
+    r"""Returns Gershgorin's discs, whose union holds all eigenvalues.
 
     .. math:: |\lambda - M_{ii}| \le R_i = \sum_{j \ne i} |M_{ij}|
 
@@ -60,16 +61,16 @@ def gershgorin(matrix: jax.Array) -> Discs:
 
 
 def add_noise(matrix: jax.Array, scale: jax.typing.ArrayLike, key: jax.Array) -> jax.Array:
-    r"""The matrix with noise beside its diagonal, which stays as it is.
+    r"""Returns the matrix with noise beside its diagonal; the diagonal does not change.
 
     .. math:: M + E, \qquad E_{ij} = E_{ji} \sim \mathcal N(0, \sigma^2), \qquad E_{ii} = 0
 
     By Weyl's inequality no eigenvalue moves by more than :math:`\|E\|_2`.
 
     Args:
-      matrix: symmetric, (n, n).
+      matrix: a symmetric matrix, (n, n).
       scale: the standard deviation σ (1e-3 in the publication).
-      key: for `jax.random`.
+      key: a key of `jax.random`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,7 +83,7 @@ def add_noise(matrix: jax.Array, scale: jax.typing.ArrayLike, key: jax.Array) ->
 
 
 def eigenvalues(matrix: jax.Array) -> jax.Array:
-    """The eigenvalues of a symmetric matrix, the largest first, (n,).
+    """Returns the eigenvalues of a symmetric matrix, the largest first, (n,).
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,11 +94,11 @@ def eigenvalues(matrix: jax.Array) -> jax.Array:
 
 
 def kaiser(values: jax.Array) -> jax.Array:
-    r"""Which eigenvalues the Kaiser rule keeps: those above their average, (n,).
+    r"""Returns which eigenvalues the Kaiser rule keeps: those above their average, (n,).
 
     .. math:: \lambda_i > \frac1n \sum_j \lambda_j
 
-    Of a correlation matrix, whose eigenvalues average to 1, it is the rule in its usual form.
+    The usual form of the rule is for a correlation matrix, whose eigenvalues average to 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -108,12 +109,12 @@ def kaiser(values: jax.Array) -> jax.Array:
 
 
 def fourier(matrix: jax.Array) -> jax.Array:
-    r"""The magnitudes of the 2-D discrete Fourier transform, zero frequency in the middle, (n, n).
+    r"""Returns the magnitudes of the 2-D discrete Fourier transform, (n, n), frequency 0 centred.
 
     .. math:: |\mathcal F_{uv}| = \Big|\sum_{jk} M_{jk}\, e^{-2 \pi i\,(u j + v k)/n}\Big|
 
-    A diagonal matrix has them constant along the lines :math:`u + v` = const, so that a line
-    across the middle shows a diagonal.
+    For a diagonal matrix they are constant along the lines :math:`u + v` = const, so a line across
+    the middle shows a diagonal.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,9 +125,11 @@ def fourier(matrix: jax.Array) -> jax.Array:
 
 
 def signal_to_noise(matrix: jax.Array) -> jax.Array:
-    r"""The diagonal beside what is above it, in decibels; infinite for a diagonal matrix.
+    r"""Returns the ratio of the diagonal to the entries above it, in decibels.
 
     .. math:: 10 \log_{10} \Big(\sum_i M_{ii}^2 \Big/ \sum_{i < j} M_{ij}^2\Big)
+
+    The ratio is infinite for a diagonal matrix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,6 +142,6 @@ def signal_to_noise(matrix: jax.Array) -> jax.Array:
 
 
 def _unit(matrix: jax.Array) -> jax.Array:
-    """Relative to the largest entry: squares of cotangents are out of a float32's range."""
+    """Returns the matrix over its largest entry, whose square may be out of float32's range."""
     largest = jnp.max(jnp.abs(matrix))
     return matrix / jnp.where(largest > 0, largest, 1)

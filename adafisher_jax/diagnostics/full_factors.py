@@ -1,4 +1,4 @@
-r"""The whole Kronecker factors of a layer, of which the optimizer keeps the diagonals."""
+r"""The whole Kronecker factors of a layer. The optimizer uses only their diagonals."""
 
 import dataclasses
 import functools
@@ -22,12 +22,11 @@ class FullFactor(NamedTuple):
     r"""The Kronecker factors of one layer: `H = E[h̄h̄ᵀ]`, `S = E[ssᵀ]`.
 
     Attributes:
-      h: mean over rows of the inputs' products, (\*blocks, d_in, d_in), the axes of inputs
-        flattened in the weight's order; one longer, with the 1 as the last input, where there is
-        a bias. Blocks are the layers stacked in one array, if they are.
-      s: mean over rows of the output cotangents' products, (\*blocks, d_out, d_out).
-      rows: the number of rows averaged, (\*blocks); 0, with zero factors, where a layer took no
-        part.
+      h: the mean over rows of the products of inputs, (\*blocks, d_in, d_in). The input axes are
+        flattened in the weight's order. With a bias, the constant 1 is one more input, the last.
+        Blocks are the layers that lie stacked in one array.
+      s: the mean over rows of the products of output cotangents, (\*blocks, d_out, d_out).
+      rows: the number of rows, (\*blocks). If a layer took no part, it is 0 and factors are zero.
     """
 
     h: jax.Array
@@ -38,26 +37,26 @@ class FullFactor(NamedTuple):
 def full_factors(
     loss_fn: Callable[..., Any], layout: Layout, paths: Iterable[str] | None = None
 ) -> Callable[..., dict[str, FullFactor]]:
-    r"""The whole Kronecker factors of chosen layers, in one backward pass.
+    r"""Returns a function for the whole Kronecker factors of layers, in one backward pass.
 
     .. math:: H = \frac1N \sum_n \bar h_n \bar h_n^T, \qquad S = \frac1N \sum_n s_n s_n^T
 
-    Their diagonals are the `h` and `s` of `adafisher_jax.value_and_grad`. A layer's patches and
-    one-hot inputs are built for it: for looking at a model, not for training it.
+    The diagonals are the `h` and `s` of `adafisher_jax.value_and_grad`. Patches and one-hot inputs
+    are built for this, so use it to look at a model and not to train it.
 
     Args:
       loss_fn: a scalar loss of Linen parameters or an NNX module, as in `trace_layout`.
       layout: from `trace_layout`.
-      paths: of the layers; None for all but normalization layers, and lookups, whose `h` is a
-        vocabulary's square and diagonal as it is.
+      paths: the paths of the layers. None means all except normalization layers and embeddings,
+        whose `h` is diagonal and has the square of the vocabulary's size.
 
     Returns:
       A function of the loss's arguments that returns a `FullFactor` for each path. Jit it.
 
     Raises:
-      TypeError: for a layout that is none, or a string in place of paths.
-      ValueError: for a path that is no layer's, or one without inputs or outputs to multiply
-        (a normalization layer); as `adafisher_jax.value_and_grad` does.
+      TypeError: if `layout` is no layout, or `paths` is a string.
+      ValueError: if a path is no layer's, or that of a layer without two factors (a normalization
+        layer); from the returned function, as `adafisher_jax.value_and_grad`.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -80,10 +79,10 @@ def full_factors(
 
 
 def pool(batches: Iterable[Mapping[str, FullFactor]]) -> dict[str, FullFactor]:
-    """The factors of several batches together: means over the rows of all.
+    """Returns the factors of several batches together: the means over all rows.
 
-    The batches are to be of one size where the loss is a mean: its cotangents are smaller in a
-    larger batch. They are taken one at a time, so that they may come from a generator.
+    If the loss is a mean, the batches must have one size, because cotangents are smaller in a
+    larger batch. Batches are taken one at a time, so a generator can make them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,7 +108,7 @@ def pool(batches: Iterable[Mapping[str, FullFactor]]) -> dict[str, FullFactor]:
 
 
 def choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
-    """The layers at these paths; None for all with two factors but lookups."""
+    """Returns the layers at these paths; None means all with two factors except embeddings."""
     layers = {layer.path: layer for layer in layout.layers}
     if paths is None:
         paths = [x.path for x in layout.layers if x.ins and x.outs and x.kind != "embedding"]
@@ -126,8 +125,8 @@ def choose(layout: Layout, paths: Iterable[str] | None) -> tuple[Layer, ...]:
     return tuple(layers[path] for path in paths)
 
 
-# In a tap a whole factor has the weight's rank, as the diagonals do, so that it goes where the
-# weight goes: the second index of `h` lies on the first out axis, that of `s` on the first in axis.
+# In a tap a whole factor has the weight's rank, as the diagonals have, so that it goes where the
+# weight goes. The second index of `h` is the first out axis; that of `s` is the first in axis.
 
 
 def _zeros(layer: Layer, dtype: Any) -> Factor:
@@ -140,7 +139,7 @@ def _zeros(layer: Layer, dtype: Any) -> Factor:
 
 @dataclasses.dataclass(frozen=True)
 class _SecondMoments:
-    """A statistic whose `h` and `s` are whole."""
+    """A statistic with whole matrices for `h` and `s`."""
 
     diagonal: Any
 
@@ -156,7 +155,7 @@ class _SecondMoments:
         return count
 
     def _products(self, found: jax.Array, along: str, across: str) -> jax.Array:
-        """The sum over rows of products, its second index on the first axis `across`."""
+        """Returns the sum over rows of products; the second index is the first axis `across`."""
         axes = self.diagonal.weight_axes
         first = [i for i, axis in enumerate(axes) if axis.startswith(along)]
         other = [i for i, axis in enumerate(axes) if axis.startswith(across)]

@@ -1,15 +1,16 @@
-r"""The loss on the plane along which several optimizers moved the most.
+r"""The loss on the plane in which several optimizers moved the most.
 
-The principal components of arXiv:1712.09913, section 7.2 (Li et al., 2018), there of one
-trajectory and from its end; here of all trajectories together and from the mean of their points.
-With the `k` points as the rows of :math:`X`, that mean subtracted,
+The plane is spanned by principal components, as in arXiv:1712.09913, section 7.2 (Li et al., 2018).
+There they are those of one trajectory, from its end. Here they are those of all trajectories
+together, from the mean of their points. With the `k` points as the rows of :math:`X`, and the mean
+subtracted,
 
 .. math::
 
     X X^T = V \Lambda V^T, \qquad a_i = X^T v_i / \sqrt{\lambda_i}, \qquad
     \theta(x, y) = \bar\theta + x\, a_1 + y\, a_2
 
-so that only a matrix (k, k) is decomposed, however many parameters there are.
+So only a matrix (k, k) is decomposed, for any number of parameters.
 """
 
 import functools
@@ -22,16 +23,16 @@ import numpy as np
 
 from adafisher_jax.layout import by_path
 
-LEAST = 1e-10  # of the largest variance, for a second one above round-off
+LEAST = 1e-10  # the least second variance, relative to the largest: less is round-off
 
 
 class Plane(NamedTuple):
     """Two directions in the space of parameters.
 
     Attributes:
-      center: parameters, the plane's origin.
-      axes: orthonormal; a pytree like that of the parameters, with an axis of 2 before theirs.
-      shares: of the trajectories' variance along each, (2,); their sum is what the plane explains.
+      center: the parameters at the origin of the plane.
+      axes: the two orthonormal directions: a pytree like the parameters, with a first axis of 2.
+      shares: the share of the trajectories' variance along each direction, (2,).
     """
 
     center: Any
@@ -40,16 +41,16 @@ class Plane(NamedTuple):
 
 
 def principal_plane(trajectories: Mapping[str, Sequence[Any]]) -> Plane:
-    r"""The plane of the two leading principal components of all points, in the module's formula.
+    r"""Returns the plane of the two leading principal components of all points.
 
-    Every point counts alike, thus a trajectory by the number of its points. The share of the
-    variance along an axis is :math:`\lambda_i / \sum_j \lambda_j`. The first point has no positive
-    coordinate, which fixes the axes' signs. It is computed in float64, an array of the parameters
-    at a time.
+    Every point has the same weight, so a trajectory counts by the number of its points. The share
+    of the variance along an axis is :math:`\lambda_i / \sum_j \lambda_j`. The signs of the axes are
+    such that the first point has no positive coordinate. The plane is computed in float64, for one
+    array of the parameters at a time.
 
     Args:
-      trajectories: the parameters at some steps, by the optimizer's name: pytrees of arrays, all
-        of one structure (of an NNX module, `nnx.state(module, nnx.Param)`).
+      trajectories: the parameters at some steps, by the name of the optimizer: pytrees of arrays of
+        one structure. For an NNX module that is `nnx.state(module, nnx.Param)`.
 
     Raises:
       ValueError: if points differ in structure or shapes, are not finite, or lie on a line.
@@ -91,7 +92,7 @@ def principal_plane(trajectories: Mapping[str, Sequence[Any]]) -> Plane:
 
 
 def _checked(trajectories: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """All points, of one structure and finite."""
+    """Returns all points, after checks that they have one structure and are finite."""
     points = [
         (f"trajectories[{name!r}][{number}]", point)
         for name, trajectory in trajectories.items()
@@ -113,13 +114,13 @@ def _checked(trajectories: Mapping[str, Sequence[Any]]) -> list[Any]:
 
 
 def _deviations(array: tuple[Any, ...]) -> np.ndarray:
-    """Of one array's values at all points from their mean, (points, size)."""
+    """Returns the deviations of one array's values at all points from the mean, (points, size)."""
     rows = np.stack(array).reshape(len(array), -1).astype(np.float64)
     return rows - rows.mean(0)
 
 
 def coordinates(plane: Plane, trajectory: Iterable[Any]) -> jax.Array:
-    r"""Where the points of a trajectory lie once projected onto the plane, (points, 2).
+    r"""Returns the coordinates of a trajectory's points, projected onto the plane, (points, 2).
 
     .. math:: \big(a_1^T (\theta - \bar\theta),\; a_2^T (\theta - \bar\theta)\big)
 
@@ -146,12 +147,12 @@ def _project(plane: Plane, point: Any) -> jax.Array:
 def frame(
     paths: Iterable[jax.typing.ArrayLike], count: int = 40, margin: float = 0.2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Evenly spaced `xs` and `ys` around paths in the plane, for `evaluate`.
+    """Returns evenly spaced `xs` and `ys` around paths in the plane, for `evaluate`.
 
     Args:
-      paths: `coordinates` of each trajectory, (points, 2).
-      count: how many on each axis.
-      margin: beyond the paths on every side, relative to the longer of their two extents.
+      paths: the `coordinates` of each trajectory, (points, 2).
+      count: the number of points on each axis.
+      margin: the margin on every side, relative to the longer of the two extents of the paths.
 
     Example:
       >>> xs, ys = frame([[[0.0, 0.0], [10.0, 5.0]]], count=3)
@@ -173,17 +174,18 @@ def evaluate(
     *args: Any,
     at_once: int = 8,
 ) -> jax.Array:
-    """The losses at the points of a grid in the plane, (len(ys), len(xs)).
+    """Returns the losses at the points of a grid in the plane, (len(ys), len(xs)).
 
-    It is compiled once for a loss and shapes; `at_once` copies of the parameters are held.
+    The computation is compiled once for a loss and its shapes. It holds `at_once` copies of the
+    parameters.
 
     Args:
       loss_fn: a scalar loss of the parameters and `args`.
       plane: from `principal_plane`.
-      xs: coordinates along the first axis, from `frame`.
-      ys: those along the second.
-      *args: arrays, passed on to the loss.
-      at_once: how many points are evaluated side by side.
+      xs: the coordinates along the first axis, from `frame`.
+      ys: the coordinates along the second axis.
+      *args: arrays that are passed on to the loss.
+      at_once: the number of points that are evaluated together.
 
     Example:
       >>> import jax.numpy as jnp

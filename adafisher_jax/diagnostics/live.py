@@ -1,4 +1,4 @@
-r"""What the optimizer is doing to each layer, read from its state at any step."""
+r"""Reports what the optimizer does to each layer, from its state at any step."""
 
 import functools
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ from adafisher_jax.layout import Layer, Layout, by_path
 from adafisher_jax.rules import Rule, Scale, make_rule
 
 QUANTILES = (0.05, 0.5, 0.95)
-_POINTS = 32  # of each factor at most, from which quantiles are taken
+_POINTS = 32  # the most entries of each factor from which quantiles are taken
 
 
 class LayerReport(NamedTuple):
-    r"""One layer's curvature and steps, as scalars; `F` is what divides its momentum.
+    r"""The curvature and steps of one layer, as scalars. `F` is the divisor of the momentum.
 
-    They are of the layer's weight (of its shift, where a normalization layer has no scale), over
-    all its entries.
+    The scalars summarize all entries of the layer's weight (of the shift, if a normalization layer
+    has no scale).
 
     Attributes:
       above_damping: the share of entries whose Fisher term is larger than what damping adds to it:
         :math:`\tilde H \tilde S > \lambda` under `"paper"` and `"official"`, and
         :math:`\hat H \hat S > \tau (\hat H + \hat S + \tau)` under `"centered"` (of a
         normalization layer :math:`\hat S > \tau`). 0 before the first refresh.
-      rate_low: the 5 % quantile of the effective learning rate, by which an entry of the
-        momentum is multiplied: :math:`\alpha / F`, in `"centered"` with its scalar, of the
-        centered momentum before its leading singular values are cut.
+      rate_low: the 5 % quantile of the effective learning rate: the number that multiplies an
+        entry of the momentum, :math:`\alpha / F`. Under `"centered"` it includes the scalar that
+        sets the size of the step, and multiplies the centered momentum before the cut.
       rate_median: the 50 % quantile.
       rate_high: the 95 % quantile.
-      condition: of the averages, :math:`\max(h \otimes s) / \min(h \otimes s)`; infinite where one
-        is 0, the largest of stacked layers. Under `"official"` it grows with the refreshes, as the
-        averages do not keep their weight.
+      condition: the condition of the averages, :math:`\max(h \otimes s) / \min(h \otimes s)`. It is
+        infinite if an entry is 0, and the largest of stacked layers. Under `"official"` it grows
+        with the refreshes, because the weights of the averages do not sum to one.
       relative_step: the root mean square of the update over that of the weight; None unless
         both were given.
-      age: how many steps ago the averages last changed.
-      skipped: how many refreshes were skipped, since statistics were not finite.
+      age: the number of steps since the averages last changed.
+      skipped: the number of refreshes that were skipped because statistics were not finite.
     """
 
     above_damping: jax.Array
@@ -63,29 +63,29 @@ def report(
     params: Any = None,
     updates: Any = None,
 ) -> dict[str, LayerReport]:
-    """A `LayerReport` for each layer whose weight the optimizer steps; works inside `jax.jit`.
+    """Returns a `LayerReport` for each layer whose weight the optimizer steps.
 
-    The costs are a pass over each weight's entries that stores nothing, a sort of each factor, and
-    one of at most 1,024 numbers for each stacked layer. Of layers wider than 32 the quantiles are
-    those of 32 evenly spaced order statistics of each factor.
+    It works inside `jax.jit`. It costs a pass over the entries of each weight that stores nothing,
+    a sort of each factor, and a sort of at most 1,024 numbers for each stacked layer. For layers
+    wider than 32 the quantiles are those of 32 evenly spaced order statistics of each factor.
 
     Args:
-      opt_state: of any transformation or `nnx.Optimizer` with AdaFisher in it.
-      layout: the transformation's.
-      rule: the transformation's, by name.
-      damping: likewise; None for the rule's default.
-      learning_rate: of the step; 1 gives what the momentum is multiplied by before it.
+      opt_state: the state of any transformation or `nnx.Optimizer` with AdaFisher in it.
+      layout: the layout of the transformation.
+      rule: the rule of the transformation, by name.
+      damping: the damping of the transformation; None for the rule's default.
+      learning_rate: the learning rate of the step. With 1 the rates are those before it.
       params: parameters or an NNX module, for `relative_step`.
-      updates: of this step, what `optax.apply_updates` adds to them.
+      updates: the updates of this step, which `optax.apply_updates` adds to `params`.
 
     Returns:
       A pytree of scalars, by layer path.
 
     Raises:
-      TypeError: for a layout that is none.
-      ValueError: if the state has no AdaFisher in it or none of the layout's layers, and for an
-        unknown rule or another one than the state's (`"paper"` and `"official"` have like states),
-        or a state of other shapes, or parameters of other paths or shapes, than the layout's.
+      TypeError: if `layout` is no layout.
+      ValueError: if the state has no AdaFisher in it or none of the layout's layers; if the rule is
+        unknown or not the state's (`"paper"` and `"official"` have equal states); if the shapes
+        of the state, or the paths or shapes of parameters, are not the layout's.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -131,7 +131,7 @@ def report(
 
 
 def scalars(found: Mapping[str, LayerReport]) -> dict[str, jax.Array]:
-    """A report as one flat dict, `path/field` → scalar, as loggers want it.
+    """Returns a report as one flat dict from `path/field` to a scalar, for loggers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,7 +148,7 @@ def scalars(found: Mapping[str, LayerReport]) -> dict[str, jax.Array]:
 
 
 def table(found: Mapping[str, LayerReport]) -> str:
-    """A report as text, a line for each layer.
+    """Returns a report as text, with a line for each layer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -233,14 +233,14 @@ def _check(rule: Rule, layer: Layer, momentum: jax.Array, scale: Scale | None) -
 
 
 def _own(layer: Layer, h: jax.Array) -> jax.Array:
-    """`h`; of a normalization layer, the entry of its pair that the reported parameter has."""
+    """Returns `h`; for a normalization layer, the entry of the pair for the reported parameter."""
     if layer.kind != "norm":
         return h
     return jnp.split(h, 2, layer.axes.index("out0"))[0 if layer.weight else 1]
 
 
 def _points(values: jax.Array, axis: int) -> jax.Array:
-    """At most `_POINTS` order statistics along an axis, each for as many of its entries."""
+    """Returns at most `_POINTS` order statistics along an axis, evenly spaced."""
     n = values.shape[axis]
     if n <= _POINTS:
         return values

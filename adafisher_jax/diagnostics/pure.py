@@ -1,4 +1,4 @@
-"""A loss of parameters, be they Linen's or those of an NNX module."""
+"""Turns a loss of an NNX module into a function of its parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,10 @@ from flax import nnx
 
 
 def pure(loss_fn: Callable[..., Any], first: Any) -> tuple[Callable[..., Any], Any]:
-    """The loss as a function of a pytree of parameters, and that pytree.
+    """Returns the loss as a function of a pytree of parameters, and that pytree.
 
-    Of a module these are its `nnx.Param`s, with the paths of its layout; what the loss changes in
-    it is dropped.
+    For a module the parameters are its `nnx.Param`s, with the paths of its layout. What the loss
+    changes in the module is dropped.
     """
     if not isinstance(first, nnx.Module):
         return loss_fn, first

@@ -1,9 +1,9 @@
-"""The rows behind a layer's factors: its inputs, patches included, and its output cotangents.
+"""The rows of a layer: its inputs, patches included, and its output cotangents.
 
-The optimizer never builds these; `adafisher_jax.statistics` reduces them as they come. Here they
-are built, for the few layers someone wants to look at, in the array convention of
-`adafisher_jax.factors` with the rows in front: the `h` of the factors is the mean over
-`of_inputs(...)**2`, the `s` that over `of_cotangents(...)**2`.
+The optimizer never builds rows, because `adafisher_jax.statistics` reduces them. Here they are
+built, for the few layers that someone wants to look at. Arrays follow the convention of
+`adafisher_jax.factors`, with the rows on a first axis. The `h` of the factors is the mean over
+`of_inputs(...)**2`, and `s` is the mean over `of_cotangents(...)**2`.
 """
 
 import functools
@@ -30,18 +30,18 @@ def _wide(x: jax.Array) -> jax.Array:
 
 @functools.singledispatch
 def of_inputs(statistic: Any, x: jax.Array) -> jax.Array:
-    """One call's inputs, (rows, *the axes of the weight) with every out axis 1."""
+    """Returns the inputs of one call, (rows, *the axes of the weight) with every out axis 1."""
     raise TypeError(f"statistic: {type(statistic).__name__} has no rows")
 
 
 @functools.singledispatch
 def of_cotangents(statistic: Any, g: jax.Array) -> jax.Array:
-    """One call's output cotangents, (rows, *the axes of the weight) with every in axis 1."""
+    """Returns the output cotangents of one call, as `of_inputs`, with every in axis 1."""
     raise TypeError(f"statistic: {type(statistic).__name__} has no rows")
 
 
 def _contracted(value: jax.Array, letters: str, weight: str) -> jax.Array:
-    """The axes that are not the weight's as rows, and the weight's others as 1."""
+    """Returns `value` with rows first, then the weight's axes; axes it does not have are 1."""
     rows = [i for i, c in enumerate(letters) if c not in weight]
     own = [letters.index(c) for c in weight if c in letters]
     sizes = [value.shape[letters.index(c)] if c in letters else 1 for c in weight]
@@ -67,7 +67,7 @@ def _(statistic: Contraction, g: jax.Array) -> jax.Array:
 
 
 def _patches(x: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
-    """(batch, *outputs, *sizes, channels): what each output position reads, zeros outside."""
+    """Returns what each output position reads, (batch, *outputs, *sizes, channels), or zeros."""
     rank = len(windows)
     x = _wide(x).reshape(-1, *x.shape[-rank - 1 :])
     for axis, window in enumerate(windows):
@@ -88,7 +88,7 @@ def _(statistic: Convolution, x: jax.Array) -> jax.Array:
     sizes = found.shape[1 + rank : -1]
     alike = groups // statistic.apart
     found = found.reshape(-1, *sizes, statistic.apart, alike, channels // groups)
-    # Groups share a slice of the kernel, so that each is a row; as many as without them count.
+    # Groups share a slice of the kernel, so each is a row; the scale keeps the number of rows.
     found = jnp.moveaxis(found, (-2, -3), (0, -1)) / alike**0.5
     return found.reshape(-1, *sizes, channels // groups, statistic.apart)
 

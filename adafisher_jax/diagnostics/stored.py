@@ -1,4 +1,4 @@
-"""What an optimizer's state holds of each layer, whichever other layers lie beside it."""
+"""Reads what an optimizer's state holds of each layer; layers alike lie stacked in the state."""
 
 import collections
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from adafisher_jax.rules import Curvature, Scale
 
 
 class Stored(NamedTuple):
-    """What is stored of one layer, as of a group of one: stacked along an axis of length 1.
+    """What the state holds of one layer, with a first axis of length 1: a group of one layer.
 
     Attributes:
-      curvature: its averages.
-      scale: of its first parameter's steps, if the rule keeps any.
-      age: steps since its averages changed, ().
-      skipped: refreshes that were skipped, ().
+      curvature: the averages of the layer.
+      scale: the stored scale of the steps of its first parameter; None if the rule stores none.
+      age: the number of steps since the averages changed, ().
+      skipped: the number of refreshes that were skipped, ().
     """
 
     curvature: Curvature
@@ -32,19 +32,19 @@ class Stored(NamedTuple):
 
 
 def averages(opt_state: Any, layout: Layout) -> dict[str, Factor]:
-    """Each layer's running averages, of a transformation in which like layers lie stacked.
+    """Returns the running averages of each layer.
 
     Args:
-      opt_state: of any transformation or `nnx.Optimizer` with AdaFisher in it.
-      layout: the transformation's.
+      opt_state: the state of any transformation or `nnx.Optimizer` with AdaFisher in it.
+      layout: the layout of the transformation.
 
     Returns:
-      By layer path, as stored: under a rule whose averages start at zero they have the weight of
-      their refreshes, which the ratios of `h` and `s` to each other do not depend on.
+      The averages by layer path, as stored. Under a rule whose averages start at zero, `h`, `s` and
+      `mean` are all smaller than averages by one factor, which approaches 1 with the refreshes.
 
     Raises:
-      TypeError: for a layout that is none.
-      ValueError: if the state has none of the layout's layers, or others like them.
+      TypeError: if `layout` is no layout.
+      ValueError: if the state has none of the layout's layers, or another number of equal layers.
 
     Example:
       >>> import adafisher_jax as af, jax.numpy as jnp
@@ -71,7 +71,7 @@ def averages(opt_state: Any, layout: Layout) -> dict[str, Factor]:
 
 
 def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[Layer, Stored]]:
-    """What a state holds of the layout's layers that are its own."""
+    """Yields the layers of the layout that the state has, each with what the state holds of it."""
     momenta = by_path(state.mu)[0]
     layers = sorted(layout.layers, key=lambda layer: layer.path)
     own = [layer for layer in layers if any(leaf.path in momenta for leaf in layer.leaves)]
@@ -96,7 +96,7 @@ def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[La
             layer,
             Stored(
                 jax.tree.map(lambda x, part=part: x[part], state.curvature(name)),
-                scale and Scale(scale.square[part], scale.weight[part]),
+                scale and Scale(scale.square[part], scale.bias_correction[part]),
                 state.ages[index],
                 state.skipped[index],
             ),
@@ -104,7 +104,7 @@ def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[La
 
 
 def states(opt_state: Any) -> list[ScaleByAdaFisherState]:
-    """Those of AdaFisher with layers, within any other."""
+    """Returns the states of AdaFisher with layers inside any optimizer's state."""
 
     def is_state(node: Any) -> bool:
         return isinstance(node, ScaleByAdaFisherState)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafisher_jax import in_turn, spectrum
+from adafisher_jax import execution_order, spectrum
 from adafisher_jax.alike import each
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Leaf
@@ -113,7 +113,7 @@ class Centered(Rule):
             of_part = operator.itemgetter(part)
             own, *stacked = jax.tree.map(of_part, (curvature, vectors, scales))
             if after:
-                own = own._replace(slot=in_turn.after(own.slot, [after[-1].weight.square]))
+                own = own._replace(slot=execution_order.after(own.slot, [after[-1].weight.square]))
             momenta = Pair(*(values and of_part(values) for values in momentum))
             found = self._direction(layer.one.stacked(len(own.slot)), own, momenta, *stacked)
             steps.append(found[0])
@@ -216,8 +216,10 @@ class Centered(Rule):
         square = everywhere(square).astype(scale.square.dtype)
         good = jnp.isfinite(square)
         new = jnp.where(good, self.b2 * scale.square + (1 - self.b2) * square, scale.square)
-        weight = jnp.where(good, self.b2 * scale.weight + (1 - self.b2), scale.weight)
-        scale = scale._replace(square=new, weight=weight)
+        one = jnp.where(
+            good, self.b2 * scale.bias_correction + (1 - self.b2), scale.bias_correction
+        )
+        scale = scale._replace(square=new, bias_correction=one)
         return scale, jnp.where(good, _inverse_rms(scale), 0)  # without a square there is no step
 
     def size(self, layer: Layer, scale: Scale | None) -> Any:
@@ -235,14 +237,14 @@ def _preconditioned(
 
 def _inverse_rms(scale: Scale) -> jax.Array:
     """One over the running root mean square; 0 while that is 0."""
-    return _inverse_root(scale.square, scale.weight)
+    return _inverse_root(scale.square, scale.bias_correction)
 
 
-def _inverse_root(x: jax.Array, weight: Any = 1) -> jax.Array:
-    """One over the square root of `x / weight`; 0 where `x` is 0."""
+def _inverse_root(x: jax.Array, by: Any = 1) -> jax.Array:
+    """One over the square root of `x / by`; 0 where `x` is 0."""
     good = x > 0
-    x, weight = (jnp.where(good, y, 1) for y in (x, weight))
-    return jnp.where(good, jax.lax.rsqrt(x / weight), 0)
+    x, by = (jnp.where(good, y, 1) for y in (x, by))
+    return jnp.where(good, jax.lax.rsqrt(x / by), 0)
 
 
 def _relative(layer: Layer, values: jax.Array) -> jax.Array:

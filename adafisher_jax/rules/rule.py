@@ -26,13 +26,13 @@ class Curvature(NamedTuple):
       factor: running averages of its statistics.
       slot: the bias slot of `h`, one number for each block: the running average of a constant.
         Averages that start at zero are bias-corrected by it.
-      unit: what brings the averages into the unit interval, if the rule does that; its numbers
-        lie along the second axis.
+      ranges: of a rule with min-max: the least value of `h` and one over its range, then those
+        of `s`, along the second axis.
     """
 
     factor: Factor
     slot: jax.Array
-    unit: Any = None
+    ranges: Any = None
 
 
 class Outcome(NamedTuple):
@@ -71,16 +71,17 @@ class Vectors(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """What is stored of a parameter's steps, or of those of like ones, stacked.
+    """What is stored of a parameter's steps, or of the steps of like parameters, stacked.
 
     Attributes:
-      square: their running mean square, one for each stacked layer, of the parameter's rank.
-      weight: that corrects it.
-      basis: their leading directions, of layers' weights; see `adafisher_jax.spectrum`.
+      square: the running mean square of the steps, one number for each stacked layer, of the
+        parameter's rank. It starts at zero.
+      bias_correction: the same running mean of ones, by which `square` is divided.
+      basis: the leading directions of a layer's weight; see `adafisher_jax.spectrum`.
     """
 
     square: jax.Array
-    weight: jax.Array
+    bias_correction: jax.Array
     basis: jax.Array | None = None
 
 

@@ -99,7 +99,7 @@ def _tell(arguments, tuned, finals, results):
     path.write_text(json.dumps(content) + "\n")
     for name, draw in {"curves": figures.curves, "rates": figures.robustness}.items():
         report.draw(arguments.out / f"{name}.png", draw, rows, under["machine"])
-    print(tables.text(rows))
+    print(report.table(tables.COLUMNS, rows))
 
 
 def _place(row):

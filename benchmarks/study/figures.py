@@ -4,13 +4,13 @@ import math
 
 from benchmarks.plots import COLOURS
 
-COLOURS = [*COLOURS, "#aa3377", "#000000", "#994455", "#997700", "#88ccaa", "#771155"]
+COLOURS = [*COLOURS, *"#aa3377 #000000 #994455 #997700 #88ccaa #771155 #ff8800".split()]
 
 
 def curves(figure, rows):
-    """Training losses on the way, means over seeds."""
+    """Training losses on the way, means over seeds of which none diverged."""
     for axes, row, colour in _panels(figure, rows):
-        if row["curve"]:
+        if row["curve"] and not row["diverged"]:
             axes.plot(
                 *zip(*row["curve"], strict=True), color=colour, label=row["optimizer"], lw=1.2
             )

@@ -20,9 +20,10 @@ def small_images(folder):
     return Data(*map(averaged, problems.cifar(folder)))
 
 
-def of_characters(layers, width):
+def of_characters(layers=2, width=128, length=LENGTH):
+    """Batches of 1,024 characters."""
     model = Transformer(CHARACTERS, layers, width)
-    return brief(model, problems.characters(LENGTH), batch=16, steps=160)
+    return brief(model, problems.characters(length), batch=16 * LENGTH // length, steps=160)
 
 
 def of_words(vocabulary):
@@ -30,21 +31,24 @@ def of_words(vocabulary):
     return brief(model, problems.words(WORDS, vocabulary), batch=24, steps=160)
 
 
-def mlp(width):
-    return brief(MLP((width, width), 10), small_images, batch=128, steps=200)
+def mlp(width, batch=128):
+    return brief(MLP((width, width), 10), small_images, batch=batch, steps=200)
 
 
-def conv_net(channels):
+def conv_net(channels=32, kernel=3):
     features = (channels, 2 * channels, 4 * channels)
-    return brief(ConvNet(False, features), problems.cifar, batch=64, steps=120)
+    return brief(ConvNet(False, features, kernel=kernel), problems.cifar, batch=64, steps=120)
 
 
 # What grows: of which size, the problem.
 LADDERS = {
-    "width": {n: of_characters(2, n) for n in (32, 64, 128, 256, 512)},
-    "depth": {n: of_characters(n, 128) for n in (2, 4, 8)},
+    "width": {n: of_characters(width=n) for n in (32, 64, 128, 256, 512)},
+    "depth": {n: of_characters(n) for n in (2, 4, 8, 16)},
+    "length": {n: of_characters(length=n) for n in (16, 64, 256)},
     "mlp": {n: mlp(n) for n in (64, 128, 256, 512, 1024, 2048)},
-    "channels": {n: conv_net(n) for n in (16, 32, 64, 128)},
-    "vocabulary": {n: of_words(n) for n in (500, 2000)},
+    "batch": {n: mlp(256, n) for n in (16, 64, 256, 1024)},
+    "channels": {n: conv_net(n) for n in (16, 32, 64)},
+    "kernel": {n: conv_net(kernel=n) for n in (1, 3, 5, 7)},
+    "vocabulary": {n: of_words(n) for n in (500, 2000, 8000)},
 }
 RUNGS = {f"{what} {n}": problem for what, sizes in LADDERS.items() for n, problem in sizes.items()}

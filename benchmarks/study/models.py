@@ -37,11 +37,12 @@ class ConvNet(nn.Module):
     batch_norm: bool
     features: Sequence[int] = (32, 64, 128)
     classes: int = 10
+    kernel: int = 3
 
     @nn.compact
     def __call__(self, x, train):
         for features in self.features:
-            x = nn.Conv(features, (3, 3), strides=2, use_bias=not self.batch_norm)(x)
+            x = nn.Conv(features, (self.kernel,) * 2, strides=2, use_bias=not self.batch_norm)(x)
             x = nn.relu(self._normalize(x, train))
         return nn.Dense(self.classes)(x.mean((1, 2)) if self.batch_norm else x.reshape(len(x), -1))
 

@@ -7,9 +7,9 @@ import numpy as np
 from benchmarks.study.trial import interval
 
 COLUMNS = (
-    "best_rate train_loss held_out_loss held_out_accuracy least_held_out state_ratio seeds".split()
-)
-BASELINE = "adamw"  # for the state's size
+    "problem optimizer best_rate train_loss held_out_loss held_out_accuracy least_held_out"
+    " state_bytes seeds"
+).split()
 
 
 def rows(tuned, finals, results):
@@ -75,28 +75,3 @@ def _summary(values):
         return None
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
     return [float(np.mean(values)), error and float(error)]
-
-
-def text(found):
-    """The rows as a person reads them."""
-    states = {row["problem"]: row["state_bytes"] for row in found if row["optimizer"] == BASELINE}
-    lines = [["problem", "optimizer", *(column.replace("_", " ") for column in COLUMNS)]]
-    for row in found:
-        baseline = states.get(row["problem"])
-        row = row | {"state_ratio": row["state_bytes"] / baseline if baseline else None}
-        lines.append([row["problem"], row["optimizer"], *(cell(row[key]) for key in COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(part.ljust(w) if i < 2 else part.rjust(w) for i, (part, w) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-    )
-
-
-def cell(value):
-    """A number, or `mean ± standard error`."""
-    if value is None:
-        return "-"
-    if isinstance(value, list):
-        mean, error = value
-        return f"{mean:.4g}" + (f" ± {error:.1g}" if error else "")
-    return f"{value:.3g}"

@@ -1,1 +1,1 @@
-"""What makes the documentation site from docs/, the docstrings and the stored measurements."""
+"""What makes the documentation site from docs/ and the docstrings."""

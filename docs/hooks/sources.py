@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
-IN_NAVIGATION = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+IN_NAVIGATION = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,5 +1,7 @@
 """The result of a run as a table."""
 
+from tabulate import tabulate
+
 from examples.training.loop import Result
 from examples.training.settings import Settings
 
@@ -19,5 +21,4 @@ def table(settings: Settings, result: Result, more: dict[str, float] | None = No
         **(more or {}),
     }
     rows |= {name: f"{value:.4f}" for name, value in numbers.items()}
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return tabulate(rows.items(), tablefmt="plain", disable_numparse=True)

@@ -13,20 +13,17 @@ pytest.importorskip("mkdocstrings", reason="the site is made with pip install -e
 
 import markdown
 import yaml
-from mkdocs.exceptions import PluginError
 
 from docs.hooks import (
     docstrings,
     doctests,
     equations,
-    measured,
     notebooks,
     sources,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-RESULTS = (ROOT / "docs" / "results.md").read_text()
 
 
 def navigation(entry):
@@ -57,65 +54,6 @@ def test_every_public_name_is_on_a_page():
             own = f"{package.__name__}.{name}"
             known_as = {own, f"{own}.{name}", module, f"{module}.{name}"}
             assert known_as & shown or name == "diagnostics", name
-
-
-TABLES = measured.TABLE.findall(RESULTS)
-
-
-@pytest.mark.parametrize(("file", "columns"), TABLES, ids=[file for file, _ in TABLES])
-def test_a_table_has_the_numbers_of_its_file(file, columns):
-    rows = json.loads((ROOT / file).read_text())["rows"]
-    _, _, *lines = measured.table(columns.split(), rows).splitlines()
-    assert len(lines) == len(rows)
-    for line, row in zip(lines, rows, strict=True):
-        cells = line.strip("| ").split(" | ")
-        for cell, column in zip(cells, columns.split(), strict=True):
-            check_cell(cell, row.get(column), row)
-
-
-def check_cell(cell, value, row):
-    if value is None:
-        assert cell == ("fails" if "failed" in row else "–")
-    elif isinstance(value, str):
-        assert cell == value
-    else:
-        value = value[0] if isinstance(value, list) else value
-        assert float(cell.split()[0].replace(",", "")) == pytest.approx(value, rel=6e-3, abs=5e-3)
-
-
-def test_numbers_come_with_their_spread():
-    row = {"ratio": 1.0678, "quartiles": [0.994, 1.2], "loss": [0.2512, 0.0123], "one": [3, 0.0]}
-    assert measured.cell(row, "ratio") == "1.07 (0.99–1.20)"
-    assert measured.cell(row, "loss") == "0.251 ± 0.01"
-    assert measured.cell(row | {"loss": [0.2512, None]}, "loss") == "0.251"
-    assert measured.cell(row, "none") == "–"
-    assert measured.cell({"failed": "why"}, "ratio") == "fails"
-    assert [measured.number(n) for n in (161408, 1234.5, 12.345, 1.4513e-4)] == [
-        "161,408",
-        "1,234",
-        "12.3",
-        "0.000145",
-    ]
-
-
-def test_a_quantity_by_two_others():
-    rows = [
-        {"task": "a", "rule": "x_y", "loss": [0.5, 0.1]},
-        {"task": "b", "rule": "x_y", "loss": 2},
-        {"task": "b", "rule": "z", "loss": None},
-    ]
-    assert measured.across("rule", "task", "loss", rows).splitlines() == [
-        "| rule | a | b |",
-        "| --- | ---: | ---: |",
-        "| x_y | 0.5 ± 0.1 | 2 |",
-        "| z | – | – |",
-    ]
-
-
-def test_a_table_without_its_file_is_an_error():
-    with pytest.raises(PluginError, match=r"there is no no/such\.json"):
-        measured.on_page_markdown("<!-- measured: no/such.json: name ms -->")
-    assert "| train loss |" in measured.on_page_markdown(RESULTS)
 
 
 def test_docstrings_become_markdown():

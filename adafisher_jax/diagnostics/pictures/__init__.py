@@ -1,8 +1,8 @@
-"""Pictures of the curvature, drawn on matplotlib's axes.
+"""Plots of the curvature, drawn on matplotlib's axes.
 
-Each function draws the numbers of another one of this package. The figure is the caller's, with
-its size, layout, titles and file; fonts are relative to `font.size`. matplotlib comes with the
-extra `examples`.
+Each function draws the numbers that another function of this package computes. The caller makes the
+figure and sets its size, layout, titles and file. Fonts are relative to `font.size`. matplotlib
+comes with the extra `examples`.
 """
 
 from adafisher_jax.diagnostics.pictures.matrices import discs, eigenvalues, fourier, heat_map

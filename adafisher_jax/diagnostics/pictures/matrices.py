@@ -1,4 +1,4 @@
-"""Whole factors, drawn: heat maps, discs over eigenvalues and spectra."""
+"""Plots of whole factors: heat maps, discs over eigenvalues, and spectra."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from adafisher_jax.diagnostics.pictures import style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LINEAR_BELOW = 1e-3  # of the largest entry: where a heat map's colours stop being logarithmic
-FLOOR = -60.0  # dB: magnitudes below it look alike
+LINEAR_BELOW = 1e-3  # relative to the largest entry; smaller entries have linear colours
+FLOOR = -60.0  # dB; magnitudes below it have the colour of the floor
 _HOLLOW: dict[str, Any] = {"markersize": 3.5, "markerfacecolor": "none", "markeredgewidth": 0.7}
 _TICK: dict[str, Any] = {"markersize": 8, "markeredgewidth": 1.0, "linestyle": "none"}
 
 
 def heat_map(axes: Axes, matrix: jax.typing.ArrayLike) -> None:
-    """A matrix's entries relative to the largest, on a symmetric logarithmic scale of colours.
+    """Draws the entries of a matrix over the largest, in symmetric logarithmic colours.
 
     Args:
-      axes: to draw on.
-      matrix: (n, n), such as a whole factor.
+      axes: the axes to draw on.
+      matrix: a matrix (n, n), such as a whole factor.
 
     Raises:
-      ValueError: for a matrix that is not square or not finite, as from all functions here.
+      ValueError: if the matrix is not square or not finite, as all functions here.
 
     Example:
       >>> import jax.numpy as jnp, matplotlib.figure
@@ -54,13 +54,13 @@ def heat_map(axes: Axes, matrix: jax.typing.ArrayLike) -> None:
 def discs(
     axes: Axes, matrix: jax.typing.ArrayLike, noisy: jax.typing.ArrayLike | None = None
 ) -> None:
-    """Gershgorin's discs in the complex plane, and the eigenvalues in them.
+    """Draws Gershgorin's discs in the complex plane, and the eigenvalues in them.
 
     Args:
-      axes: to draw on.
-      matrix: symmetric, (n, n).
-      noisy: the same after `add_noise`. The halves above the real axis are then those of
-        `matrix`, the halves below it these.
+      axes: the axes to draw on.
+      matrix: a symmetric matrix, (n, n).
+      noisy: the matrix after `add_noise`. Half-discs above the real axis are then those of
+        `matrix`, and half-discs below it those of `noisy`.
 
     Example:
       >>> import jax.numpy as jnp, matplotlib.figure
@@ -108,15 +108,15 @@ def discs(
 def eigenvalues(
     axes: Axes, matrix: jax.typing.ArrayLike, noisy: jax.typing.ArrayLike | None = None
 ) -> None:
-    """The eigenvalues, the largest first, and how many the Kaiser rule keeps: those above average.
+    """Draws the eigenvalues, the largest first, and counts those above average (the Kaiser rule).
 
-    The axis is logarithmic where that average is positive. It leaves out eigenvalues that are not
-    positive or round-off, below `n` times the type's precision relative to the largest.
+    The axis is logarithmic if the average is positive. It leaves out eigenvalues that are not
+    positive or are round-off: below `n` times the type's precision, relative to the largest.
 
     Args:
-      axes: to draw on.
-      matrix: symmetric, (n, n).
-      noisy: the same after `add_noise`, drawn beside it.
+      axes: the axes to draw on.
+      matrix: a symmetric matrix, (n, n).
+      noisy: the matrix after `add_noise`, drawn beside the first.
 
     Example:
       >>> import jax.numpy as jnp, matplotlib.figure
@@ -135,7 +135,7 @@ def eigenvalues(
         if values[0] > 0:
             above = values[values > n * np.finfo(values.dtype).eps * values[0]]
             floor = min(floor, above[-1])
-    average = np.mean(values)  # which noise beside the diagonal leaves as it is
+    average = np.mean(values)  # noise beside the diagonal does not change it
     if average > 0:
         axes.set_yscale("log", nonpositive="mask")
         axes.set_ylim(bottom=floor / 2)
@@ -156,13 +156,13 @@ def eigenvalues(
 
 
 def fourier(axes: Axes, matrix: jax.typing.ArrayLike) -> None:
-    """The magnitudes of a matrix's Fourier transform, in decibels below the largest.
+    """Draws the magnitudes of a matrix's Fourier transform, in decibels below the largest.
 
-    Rows' frequencies rise upwards, so that a diagonal's line falls, as the diagonal does.
+    The frequencies of rows rise upwards, so the line of a diagonal falls as the diagonal does.
 
     Args:
-      axes: to draw on.
-      matrix: (n, n), such as a whole factor.
+      axes: the axes to draw on.
+      matrix: a matrix (n, n), such as a whole factor.
 
     Example:
       >>> import jax.numpy as jnp, matplotlib.figure
@@ -201,7 +201,7 @@ def _checked(matrix: jax.typing.ArrayLike) -> np.ndarray:
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
-    """To the largest magnitude."""
+    """Returns the values over the largest magnitude."""
     largest = np.max(np.abs(values))
     return values / (largest if largest > 0 else 1)
 
@@ -209,7 +209,7 @@ def _relative(values: np.ndarray) -> np.ndarray:
 def _cases(
     matrix: jax.typing.ArrayLike, noisy: jax.typing.ArrayLike | None
 ) -> list[tuple[str, str, jax.Array]]:
-    """The label, colour and matrix of each there is."""
+    """Returns the label, colour and matrix of each matrix that is given."""
     first, second, *_ = style.COLOURS
     found = [("eigenvalues", first, jnp.asarray(_checked(matrix)))]
     if noisy is not None:

@@ -1,4 +1,4 @@
-"""What all pictures share: their colours, fonts and legends."""
+"""The colours, fonts and legends that all plots share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GREY = "0.4"
 
 
 def colours(count: int) -> list[Any]:
-    """Told apart up to six, beyond that in an order."""
+    """Returns distinct colours for up to six lines, and a sequence of colours for more."""
     import matplotlib
 
     if count <= len(COLOURS):
@@ -24,7 +24,7 @@ def colours(count: int) -> list[Any]:
 
 
 def colour_bar(axes: Axes, drawn: Any, label: str) -> Any:
-    """As high as the axes, whatever the figure's layout."""
+    """Draws a colour bar as high as the axes, in any layout of the figure."""
     bar = axes.figure.colorbar(drawn, cax=axes.inset_axes((1.03, 0, 0.05, 1)))
     bar.set_label(label, fontsize="small")
     bar.ax.tick_params(which="both", labelsize="x-small")
@@ -32,7 +32,7 @@ def colour_bar(axes: Axes, drawn: Any, label: str) -> Any:
 
 
 def label(axes: Axes, x: str, y: str) -> None:
-    """Of both axes."""
+    """Labels both axes."""
     axes.set_xlabel(x, fontsize="small")
     axes.set_ylabel(y, fontsize="small")
     axes.tick_params(which="both", labelsize="x-small")
@@ -41,11 +41,11 @@ def label(axes: Axes, x: str, y: str) -> None:
 
 
 def note(axes: Axes, text: str) -> None:
-    """One number that sums the picture up."""
+    """Writes a short note above the axes, at the right."""
     axes.set_title(text, loc="right", fontsize="x-small")
 
 
 def legend_above(axes: Axes) -> None:
-    """Where it hides nothing."""
+    """Draws the legend above the axes, where it covers nothing."""
     place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 3}
     axes.legend(fontsize="x-small", frameon=False, **place)

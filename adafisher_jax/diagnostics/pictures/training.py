@@ -1,4 +1,4 @@
-"""Training, drawn: what the optimizer reports step by step, and its way over the loss."""
+"""Plots of training: what the optimizer reports at each step, and its path over the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adafisher_jax.diagnostics.pictures import style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEVELS = 20  # of a landscape
+LEVELS = 20  # the number of levels of a landscape
 
 _LOW, _MIDDLE, _HIGH = (f"{quantile:.0%}" for quantile in QUANTILES)
 FIELDS = {
@@ -36,18 +36,19 @@ _END: dict[str, Any] = {**_START, "markersize": 8, "markeredgewidth": 0.7}
 def over_training(
     axes: Axes, reports: Sequence[tuple[int, Mapping[str, LayerReport]]], field: str
 ) -> None:
-    """A field of `report`, a line for each layer; around the median rate, a band of its quantiles.
+    """Draws a field of `report` over the steps, with a line for each layer.
 
-    The legend has the layers in the order in which their lines end. What is not finite, or not
-    positive on a logarithmic axis, is left out.
+    The median rate has a band of its quantiles. The legend has the layers in the order in which
+    their lines end. Values that are not finite, or not positive on a logarithmic axis, are left
+    out.
 
     Args:
-      axes: to draw on.
-      reports: some steps, each with what `report` found then.
-      field: of `LayerReport`.
+      axes: the axes to draw on.
+      reports: pairs of a step and what `report` returned then.
+      field: a field of `LayerReport`.
 
     Raises:
-      ValueError: for an unknown field, one that was not reported, or without reports.
+      ValueError: if the field is unknown or was not reported, or there are no reports.
 
     Example:
       >>> import jax.numpy as jnp, matplotlib.figure
@@ -96,18 +97,18 @@ def trajectories(
     ys: jax.typing.ArrayLike,
     paths: Mapping[str, jax.typing.ArrayLike],
 ) -> None:
-    """Paths of several optimizers through the landscape of the loss, lighter where it is lower.
+    """Draws the paths of several optimizers over the loss, which is lighter where it is lower.
 
-    Both axes have one scale, so that distances are those between parameters. The colours are
-    logarithmic where all losses are positive.
+    Both axes have one scale, so distances are those between parameters. The colours are logarithmic
+    if all losses are positive.
 
     Args:
-      axes: to draw on.
+      axes: the axes to draw on.
       plane: from `principal_plane`.
       losses: from `evaluate`, (len(ys), len(xs)).
-      xs: coordinates along the first axis, from `frame`.
-      ys: those along the second.
-      paths: `coordinates` of each trajectory, by the optimizer's name, (points, 2).
+      xs: the coordinates along the first axis, from `frame`.
+      ys: the coordinates along the second axis.
+      paths: the `coordinates` of each trajectory, (points, 2), by the name of the optimizer.
 
     Example:
       >>> import jax.numpy as jnp, matplotlib.figure
@@ -134,7 +135,7 @@ def trajectories(
 def _values(
     reports: Sequence[tuple[int, Mapping[str, LayerReport]]], path: str, field: str
 ) -> np.ndarray:
-    """A layer's field at every step, NaN where it is not to be drawn."""
+    """Returns a layer's field at every step, with NaN for values that are not drawn."""
     values = [getattr(found[path], field) for _, found in reports]
     if any(value is None for value in values):
         raise ValueError(f"field: {field!r} was not reported, which takes params and updates")

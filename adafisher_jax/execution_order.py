@@ -1,8 +1,8 @@
-"""An order for the compiler: a value as it is, but not before others are there.
+"""Orders computations for the compiler: a value is not computed before other values.
 
-On a CPU, XLA starts all that it can at once, each part in memory of its own that is new in every
-call, and it drops optimization barriers before it decides on that. What remains is to make one
-value depend on others without being changed by them.
+On a CPU, XLA runs all independent computations at once, each in memory of its own. It drops
+optimization barriers before it decides on the order. So a value is made to depend on others without
+being changed by them.
 """
 
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ _after_p = core.Primitive("adafisher_after")
 
 
 def after(value: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
-    """`value`, in a program for a CPU not before `others`, which must be finite.
+    """Returns `value`; in a program for a CPU, not before `others`, which must be finite.
 
-    Elsewhere, eagerly and under `jax.vmap` there is no such order. The value never becomes what
-    the others are: mapped, or different between devices.
+    Other devices, eager calls and `jax.vmap` get no such order. If `others` are mapped or differ
+    between devices, `value` still is not and does not.
     """
     return _after_p.bind(value, *others)
 

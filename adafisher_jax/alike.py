@@ -1,8 +1,8 @@
-"""Like layers together: who belongs to one group, and how a group's arrays lie in one.
+"""Groups of like layers, and how the arrays of a group are stacked.
 
-What has no weight's size (averages, scales, directions) is stacked along a new first axis, so that
-one operation serves a group. Weights, their momenta and their steps stay arrays of their own. A
-group goes by the path of its first layer.
+Averages, scales and directions are small. Those of a group are stacked along a new first axis, so
+that one operation serves the group. Weights, their momenta and their steps stay separate arrays. A
+group is named by the path of its first layer.
 """
 
 import dataclasses
@@ -15,16 +15,12 @@ import jax.numpy as jnp
 from adafisher_jax.layout import Layer
 from adafisher_jax.meshes import everywhere
 
-MOST = 2**23  # entries of all weights in a group: their steps are in memory at one time
+MOST = 2**23  # entries of all weights in a group, whose steps are in memory together
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Like layers, in the order of their paths.
-
-    Attributes:
-      layers: they differ in nothing but paths.
-    """
+    """Layers that differ in nothing but their paths, in the order of the paths."""
 
     layers: tuple[Layer, ...]
 
@@ -38,22 +34,22 @@ class Group:
         return self.layers[0].stacked(len(self.layers))
 
     def dtype(self, leaves: Mapping[str, Any]) -> Any:
-        """The type of its statistics."""
+        """The type of the group's statistics."""
         return self.layers[0].dtype(leaves)
 
     def paths(self, leaves: Container[str]) -> tuple[tuple[str, ...] | None, ...]:
-        """Those of the weights and of the biases, None where none is among `leaves`."""
+        """The paths of the weights and of the biases; None for either if none is in `leaves`."""
         pairs = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
         found = (tuple(leaf.path for leaf in of if leaf and leaf.path in leaves) for of in pairs)
         return tuple(of or None for of in found)
 
 
 def groups(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> list[Group]:
-    """Layers that differ in nothing but paths, together as far as `MOST` allows.
+    """Groups of layers that differ in nothing but their paths, each of `MOST` entries at most.
 
     Args:
       layers: sorted by path.
-      leaves: arrays by path; those of a layer that are missing are stepped by another.
+      leaves: arrays by path; another optimizer may step the arrays that are missing.
 
     Example:
       >>> import adafisher_jax as af, jax.numpy as jnp
@@ -82,11 +78,11 @@ def groups(layers: Iterable[Layer], leaves: Mapping[str, Any]) -> list[Group]:
 
 
 def places(layers: Iterable[Layer], names: Container[str]) -> Iterator[tuple[Layer, str, int]]:
-    """The layers of groups of which the names are known, each with its group's and its place in it.
+    """Each grouped layer, with the name of its group and its place in the group.
 
     Args:
-      layers: those that `groups` was given; others than in groups are left out.
-      names: of all groups.
+      layers: the layers that `groups` was given; layers without a group are left out.
+      names: the names of all groups.
     """
     last: dict[Layer, tuple[str, int]] = {}
     for layer in layers:
@@ -102,16 +98,16 @@ def places(layers: Iterable[Layer], names: Container[str]) -> Iterator[tuple[Lay
 
 
 def stack(trees: Iterable[Any]) -> Any:
-    """Trees of arrays, none of a weight's size, as one: stacked along a new first axis."""
+    """One tree of arrays, stacked along a new first axis, from a tree for each layer."""
     return jax.tree.map(lambda *leaves: jnp.stack([everywhere(leaf) for leaf in leaves]), *trees)
 
 
 def each(
     function: Callable[..., Any], arrays: Iterable[jax.Array], *stacked: jax.Array
 ) -> tuple[Any, ...]:
-    """The function of each array, and of its part of what is stacked.
+    """The function of each array and of its part of each stacked array.
 
-    Parts are taken before the function: they then belong to the one loop over its array.
+    Parts are taken first. They then belong to the one loop over their array.
     """
     parts = map(jnp.unstack, stacked)
     return tuple(function(*of_one) for of_one in zip(arrays, *parts, strict=True))

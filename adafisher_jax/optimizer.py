@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adafisher_jax import in_turn
+from adafisher_jax import execution_order
 from adafisher_jax.alike import Group, groups, stack
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import (
@@ -37,25 +37,26 @@ P = ParamSpec("P")
 
 
 class ScaleByAdaFisherState(NamedTuple):
-    """State of `scale_by_adafisher`; beyond `mu` nothing has a weight's size.
+    """The state of `scale_by_adafisher`. No array outside of `mu` has the size of a weight.
+
+    Like layers lie stacked along a new first axis, under the path of the first of them (see
+    `adafisher_jax.alike`). `adafisher_jax.diagnostics.averages` returns the averages of each layer.
 
     Attributes:
-      count: steps taken.
-      mu: running average of the gradients.
-      factors: running averages of the layers' `Factor`s: of like layers stacked along a new first
-        axis, under the path of the first (see `adafisher_jax.alike`);
-        `adafisher_jax.diagnostics.averages` has them by layer. Those of a rule that starts at zero
+      count: the number of steps.
+      mu: the running average of the gradients.
+      factors: the running averages of the layers' `Factor`s. Those of a rule that starts at zero
         are to be divided by the layer's slot.
-      slots: the bias slots of the layers' `h`, likewise; they count the refreshes.
-      scales: of each parameter's steps, where the rule keeps any, the mean square and the leading
-        directions; of those of like layers, under the path of the first.
-      units: what takes averages to the unit interval, where the rule does that, so that a step
-        between refreshes reduces nothing.
-      skipped: for each layer, in the order of their paths, how many refreshes were skipped because
-        statistics were not finite. None without layers. Of layers that a scan has stacked, those in
-        which any one was.
-      ages: in the same order, how many steps ago a layer's averages last changed, or any of those
-        that a scan has stacked.
+      slots: the entry of each layer's `h` that belongs to the bias, averaged as the rest of `h`.
+      scales: the mean square and the leading directions of each parameter's steps, if the rule has
+        any.
+      ranges: for a rule with min-max, the ranges of the averages, so that a step between refreshes
+        has no reductions.
+      skipped: how many refreshes each layer skipped because its statistics were not finite, in the
+        order of the layers' paths; None without layers. Layers that a scan has stacked count as
+        one, which skips where any of them does.
+      ages: how many steps ago each layer's averages last changed, in the same order. Stacked
+        layers count as one, which changes where any of them does.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, and a method of tuples
@@ -63,17 +64,17 @@ class ScaleByAdaFisherState(NamedTuple):
     factors: dict[str, Factor]
     slots: dict[str, jax.Array]
     scales: dict[str, Scale]
-    units: dict[str, jax.Array]
+    ranges: dict[str, jax.Array]
     skipped: Any
     ages: Any
 
     def curvature(self, path: str) -> Curvature:
-        """What is stored of the layers of which the first has this path."""
-        return Curvature(self.factors[path], self.slots[path], self.units.get(path))
+        """The stored curvature of the group whose first layer has this path."""
+        return Curvature(self.factors[path], self.slots[path], self.ranges.get(path))
 
 
 def _all_said(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
-    """Lets the TypeError for an argument left out show a `call` that is complete."""
+    """Returns a decorator whose TypeError for a missing argument shows a complete `call`."""
 
     def decorate(make: Callable[P, Any]) -> Callable[P, Any]:
         signature = inspect.signature(make)
@@ -111,36 +112,36 @@ def scale_by_adafisher(
 
         m_t = \beta m_{t-1} + (1-\beta) g_t, \qquad d_t = F_t^{-1} \frac{m_t}{1-\beta^t}
 
-    with a diagonal `F` that the rule makes from running averages of each layer's factors
-    (Algorithm 1, arXiv:2405.16397): see `adafisher_jax.rules`. `update` takes the factors of
-    `adafisher_jax.value_and_grad` as the keyword `factors`; `factors=None` keeps the averages it
-    has. Where there are none yet, and for parameters without a layer, `F` is the identity
-    (`"paper"`, `"official"`) or a running root mean square of the steps or, for vectors, of the
-    gradient (`"centered"`).
+    `F` is a diagonal matrix that the rule makes from running averages of each layer's factors
+    (Algorithm 1, arXiv:2405.16397); see `adafisher_jax.rules`. `update` takes the factors of
+    `adafisher_jax.value_and_grad` as the keyword `factors`. `factors=None` reuses the stored
+    averages. Before the first factors, and for parameters without a layer, `F` is the identity
+    under `"paper"` and `"official"`. Under `"centered"` it is then a running root mean square: of
+    the steps for matrices, of the gradient for vectors.
 
-    A gradient's entry that is not finite, or would not be in the momentum's type, leaves its
-    momentum as it was. Statistics that are not finite leave their layer's averages as they were
-    and are counted in the state's `skipped`. Where a step would not be finite, it is 0.
+    An entry of a gradient that is not finite, also in the momentum's type, does not change its
+    momentum. Statistics that are not finite do not change the averages of their layer; the state
+    counts them in `skipped`. An entry of a step that would not be finite is 0.
 
     Args:
-      layout: from `adafisher_jax.trace_layout`; None where there are no layers.
-      rule: `"paper"`, `"official"` or `"centered"`, the recommended one; or a `Rule`.
-      b1: decay β of the momentum.
-      curvature_ema: decay γ of the factors' averages; None for the rule's default.
-      damping: λ (or τ); None for the rule's default. Without any (0), entries whose Fisher term
+      layout: from `adafisher_jax.trace_layout`; None if there are no layers.
+      rule: `"centered"` (recommended), `"paper"` or `"official"`; or a `Rule`.
+      b1: the decay β of the momentum.
+      curvature_ema: the decay γ of the factors' averages; None for the rule's default.
+      damping: the damping λ (or τ); None for the rule's default. With 0, entries whose Fisher term
         is 0 are not stepped.
-      mu_dtype: type the momentum is stored in; None for the parameters' own.
+      mu_dtype: the type of the momentum; None for the parameters' type.
 
     Returns:
-      A transformation whose `update` takes `factors` as an extra argument, and with a layout
-      asks for it. Updates have the gradients' types.
+      A transformation whose `update` takes the extra argument `factors`, which is required with a
+      layout. Updates have the gradients' types.
 
     Raises:
-      ValueError: for an unknown rule, a negative damping or a decay outside [0, 1), and, from
-        `init` and `update`, for parameters that the layout does not know, and for a layout,
-        factors or a state whose shapes are another model's.
-      TypeError: for a layout that is none, a `mu_dtype` or, from `init`, a parameter that is not
-        floating-point, and, from `update`, if there is a layout and `factors` was left out.
+      ValueError: if the rule is unknown, the damping negative or a decay outside of [0, 1); from
+        `init` and `update`, if the layout does not have a parameter, or if the shapes of the
+        layout, the factors or the state are of another model.
+      TypeError: if `layout` is no layout, or `mu_dtype` is not floating-point; from `init`, if a
+        parameter is not; from `update` with a layout, if `factors` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,7 +163,7 @@ def scale_by_adafisher(
     layers = sorted(layout.layers, key=lambda layer: layer.path) if layout is not None else []
 
     def own_groups(leaves: dict[str, Any]) -> list[Group]:
-        """Of layers with a parameter among `leaves`: masks may have taken the others."""
+        """Groups of layers with a parameter among `leaves`: a mask may take others away."""
         own = (x for x in layers if any(leaf.path in leaves for leaf in x.leaves))
         return groups(own, leaves)
 
@@ -247,7 +248,7 @@ def scale_by_adafisher(
                 if scale is not None:
                     scales[paths[0]] = scale
                     # In turn, groups need the memory of two or three; at once, that of all.
-                    correction = in_turn.after(correction, [scale.square])
+                    correction = execution_order.after(correction, [scale.square])
         for path in grads.keys() - mu.keys():
             mu[path], steps[path], scale = _step_alone(
                 chosen, b1, correction, before[path], grads[path], scales.get(path)
@@ -275,19 +276,19 @@ def scale_by_adafisher(
 
 
 def _stored(curvatures: Mapping[str, Curvature]) -> dict[str, Any]:
-    """The fields of the state that hold these."""
+    """Returns the fields of the state that hold the curvature of groups."""
     return {
         "factors": {path: curvature.factor for path, curvature in curvatures.items()},
         "slots": {path: curvature.slot for path, curvature in curvatures.items()},
-        "units": {
-            path: curvature.unit
+        "ranges": {
+            path: curvature.ranges
             for path, curvature in curvatures.items()
-            if curvature.unit is not None
+            if curvature.ranges is not None
         },
     }
 
 
-# Jitted, so that groups of the same layers, and like parameters, are traced and lowered once.
+# Jitted, so that groups of equal layers, and equal parameters, are traced and lowered once.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -302,13 +303,13 @@ def _step_group(
     grads: Pair,
     scales: Pair,
 ) -> tuple[Curvature, Outcome, Pair, Pair, Pair]:
-    """A group's averages, what came of them, and its parameters' momenta, steps and scales."""
+    """Returns the averages of a group, their `Outcome`, and momenta, steps and scales."""
     outcome = Outcome(*(jnp.zeros(layer.shape[0], bool) for _ in range(2)))
     if fresh is not None:
         curvature, outcome = rule.refresh(layer, curvature, stack(fresh))
     new = _typed_like(mu, _averages(b1, mu, grads))
     momentum = _momentum(rule, b1, correction, mu, grads)
-    # Again, of stacked vectors: XLA would rather store each momentum apart than compute it twice.
+    # Computed again for stacked vectors: otherwise XLA would store each momentum separately.
     together = (_vectors(layer, pair) for pair in (mu, grads))
     vectors = Vectors(_momentum(rule, b1, correction, *together), _vectors(layer, grads))
     steps, scales = rule.direction(layer, curvature, momentum, vectors, scales)
@@ -316,7 +317,7 @@ def _step_group(
 
 
 def _vectors(layer: Layer, pair: Pair) -> Pair:
-    """Biases, or all that normalization layers have, stacked."""
+    """Returns the biases, or all parameters of normalization layers, stacked."""
     weights, biases = pair
     kept = Pair(weights if layer.kind == "norm" else None, biases)
     return Pair(*(values and stack(values) for values in kept))
@@ -326,7 +327,7 @@ def _vectors(layer: Layer, pair: Pair) -> Pair:
 def _step_alone(
     rule: Rule, b1: Any, correction: jax.Array, mu: jax.Array, grad: jax.Array, scale: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The momentum, step and scale of a parameter outside every layer."""
+    """Returns the momentum, step and scale of a parameter outside of all layers."""
     new = _typed_like(mu, _averages(b1, mu, grad))
     step, scale = rule.fallback(_momentum(rule, b1, correction, mu, grad), grad, scale)
     return new, _steps_like(grad, step), scale
@@ -337,13 +338,13 @@ def _typed_like(wanted: Any, values: Any) -> Any:
 
 
 def _steps_like(grads: Any, steps: Any) -> Any:
-    """Steps in the gradients' types, and none where they are not finite in these."""
+    """Returns steps in the gradients' types, and 0 where they are not finite in these."""
     typed = _typed_like(grads, steps)
     return jax.tree.map(lambda step: jnp.where(jnp.isfinite(step), step, 0), typed)
 
 
 def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> Any:
-    """What a step uses of the momentum: bias-corrected, maybe ahead."""
+    """The bias-corrected momentum, one step ahead if the rule asks for it."""
     used = _averages(b1, mu, grads)
     if rule.nesterov:
         used = _averages(b1, used, grads)
@@ -355,7 +356,7 @@ def _averages(b1: Any, mu: Any, grads: Any) -> Any:
 
 
 def _average(b1: Any, mu: jax.Array, grad: jax.Array) -> jax.Array:
-    """The momentum after `grad`, in at least float32; as it was where `mu` could not store it."""
+    """Returns the momentum after `grad`, in at least float32; unchanged if `mu` cannot store it."""
     most = jnp.finfo(mu.dtype).max
     dtype = jnp.promote_types(jnp.promote_types(mu.dtype, grad.dtype), jnp.float32)
     mu, grad = mu.astype(dtype), grad.astype(dtype)
@@ -380,12 +381,12 @@ def adafisher(
 
     .. math:: \theta_t = \theta_{t-1} - \alpha\, d_t, \qquad g_t = \nabla L(\theta) + \kappa \theta
 
-    with `d` from `scale_by_adafisher`, which documents the other arguments and errors.
+    `d` is the result of `scale_by_adafisher`, which documents the other arguments and errors.
 
-    `learning_rate` is α, a number or a schedule (for `"centered"` begin with 3e-2; the paper's is
-    1e-3); `weight_decay` is κ, added to the gradient; `mask` says which parameters decay, as in
-    `optax.add_decayed_weights`. A rate or a decay that is neither a number nor a schedule is a
-    TypeError.
+    `learning_rate` is α, a number or a schedule. Begin with 3e-2 for `"centered"`; the paper has
+    1e-3. `weight_decay` is κ, which is added to the gradient. `mask` says which parameters decay,
+    as in `optax.add_decayed_weights`. A rate or a decay that is neither a number nor a schedule is
+    a TypeError.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -455,7 +456,7 @@ def adafisherw(
 
 
 def _chain(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A chain whose updates have the gradients' types, and are 0 where they are not finite."""
+    """Returns a chain whose updates have the gradients' types, and are 0 where not finite."""
     chain = optax.chain(*links)
 
     def update(
@@ -473,7 +474,7 @@ def _scale(learning_rate: Any) -> optax.GradientTransformation:
 
 
 def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """Weight decay; nothing, which then needs no `params`, where it is the number zero."""
+    """Returns weight decay; the identity, which needs no `params`, for the number zero."""
     _check_rate("weight_decay", weight_decay)
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()

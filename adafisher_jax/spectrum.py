@@ -1,8 +1,8 @@
-"""The singular values of a step: its leading ones are cut down to the level of the others.
+"""The cut: the leading singular values of a step are lowered to the level of the others.
 
-The momentum of a weight is nearly of low rank: a few directions hold most of it, and leave little
-of the step to the others. They change slowly, so that products with a few vectors in each step
-are enough to follow them, stored in half precision.
+The momentum of a weight is nearly of low rank. A few directions hold most of it and leave little of
+the step to the others. These directions change slowly. Products with a few vectors in each step are
+enough to follow them, and half precision is enough to store them.
 """
 
 import functools
@@ -18,9 +18,9 @@ from adafisher_jax.layout import Layer
 from adafisher_jax.meshes import everywhere
 
 DIRECTIONS = 16
-STORED = jnp.bfloat16  # a point of departure is all that they are
-LEAST = 1e-4  # of the mean square of all singular values, to which leading ones are cut at most
-INERTIA = 1e-4  # keeps directions in which there is nothing from following rounding errors
+STORED = jnp.bfloat16  # the stored directions only begin the next iteration
+LEAST = 1e-4  # no singular value is cut below this share of the mean square of all
+INERTIA = 1e-4  # keeps directions without any step from following rounding errors
 
 Steps = Sequence[jax.Array]
 
@@ -59,13 +59,13 @@ class Cut(NamedTuple):
 
 
 def start(matrices: tuple[int, int, int]) -> jax.Array | None:
-    r"""The directions to begin with: rows along the shorter side of some matrices.
+    r"""The first directions: rows along the shorter side, `n`, of each matrix.
 
-    They are cosines, :math:`u_{ij} \propto \cos(\pi (j + 1/2)(i + 1)/n)`: `DIRECTIONS` of them,
-    and at most half as many as that side, `n`, is long.
+    The rows are cosines, :math:`u_{ij} \propto \cos(\pi (j + 1/2)(i + 1)/n)`. There are
+    `DIRECTIONS` of them, or half of `n` if that is less.
 
     Args:
-      matrices: how many, of how many rows and columns.
+      matrices: the number of matrices, and of their rows and columns.
 
     Returns:
       A bfloat16 array (matrices, directions, n), or None if there are none.
@@ -87,11 +87,10 @@ def leading_excess(
     where: jax.Array,
     vector: jax.Array | None = None,
 ) -> tuple[Cut, jax.Array]:
-    r"""By how much the leading singular values of each matrix `D` exceed the others.
+    r"""The excess `E` of the leading singular values of each matrix `D` over the others.
 
-    Half a step of subspace iteration moves the directions on: with `n` the shorter side of `D`
-    (which stands for its transpose where it has fewer rows than columns) and :math:`u_i` the
-    columns of `U`,
+    Half a step of subspace iteration moves the directions `V` on. `D` is written with its shorter
+    side, of length `n`, as columns, and :math:`u_i` are the columns of `U`:
 
     .. math::
 
@@ -100,18 +99,17 @@ def leading_excess(
         c^2 &= \max\Big(\frac{|D|^2 - \sum_i \sigma_i^2}{n - k},\; 10^{-4} \frac{|D|^2}{n}\Big),
         \qquad E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
 
-    When these have converged, `D - E` is `D` with its `k` leading singular values cut down to the
-    root mean square of the others; of a matrix without others, not down to what rounding leaves.
-    `V` is kept relative to its largest column, and with 1e-4 of the one before added, which decides
-    where `D` has nothing.
+    Once `V` has converged, `D - E` is `D` with its `k` leading singular values cut down to the root
+    mean square of the others. The bound of 1e-4 matters to a matrix of low rank, whose other
+    singular values are rounding errors. `V` is stored relative to its largest column, with 1e-4 of
+    the previous `V` added, which decides where `D` has nothing.
 
     Args:
-      layer: each of like layers, whose inputs are rows and whose outputs columns of matrices, one
-        for each block.
-      steps: of their weights.
-      basis: `V` as rows, as `start` returns it: those of all layers' matrices.
-      where: false for matrices without any excess, (matrices,).
-      vector: to be multiplied with each :math:`D - E`, (matrices, 1, rows).
+      layer: one of the like layers. Each block is a matrix of inputs by outputs.
+      steps: the `D` of each layer, in the axes of its weight.
+      basis: `V` as rows, of all matrices, as `start` returns it.
+      where: false for matrices that have no excess, (matrices,).
+      vector: a row to be multiplied with each :math:`D - E`, (matrices, 1, rows).
 
     Returns:
       The excess, and the next `V`.
@@ -154,7 +152,7 @@ def leading_excess(
 
 
 def no_excess(layer: Layer, steps: Steps, vector: jax.Array | None = None) -> Cut:
-    """That of matrices which are left as they are."""
+    """The `Cut` of matrices that stay as they are."""
     square = _sum_squares(layer, steps)
     left, right = (
         jnp.zeros((len(square), 0, n), steps[0].dtype) for n in (layer.fan_in, layer.fan_out)
@@ -164,7 +162,7 @@ def no_excess(layer: Layer, steps: Steps, vector: jax.Array | None = None) -> Cu
 
 
 def _sum_squares(layer: Layer, steps: Steps) -> jax.Array:
-    """Of each matrix, (matrices,): over outputs apart, and over inputs for all together."""
+    """The sum of squares of each matrix, (matrices,)."""
     squares = [jnp.sum(jnp.square(jnp.abs(x)), layer.outs, keepdims=True) for x in steps]
     return jnp.ravel(jnp.sum(stack(squares), tuple(1 + i for i in layer.ins)))
 
@@ -219,9 +217,9 @@ def _beside(layer: Layer, x: jax.Array, side: tuple[int, ...], step: jax.Array) 
 
 
 def _outer(layer: Layer, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """What a product is, in a loop over its entries, which need not be in memory.
+    """The product as a loop over its entries, which then need not be in memory.
 
-    On a CPU such a loop is slow, on a GPU it is part of the one that steps the weight.
+    On a GPU this loop is part of the loop that steps the weight. On a CPU it would be slow.
     """
 
     def spread(x: jax.Array, side: tuple[int, ...]) -> jax.Array:
@@ -235,13 +233,12 @@ def _outer(layer: Layer, rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def _orthonormal(vectors: jax.Array) -> jax.Array:
-    r"""Rows nearer to those that Gram and Schmidt make of them: a pass of shifted Cholesky QR.
+    r"""Nearly orthonormal rows with the same span, by one pass of shifted Cholesky QR.
 
-    Cosines are taken a bit smaller than they are, by which it succeeds whatever the rows are
-    (arXiv:1809.11085). A row of which those before leave a thousandth is then orthogonal to them.
-    Of one of which they leave less, the less there is the shorter the row that is returned. So
-    :math:`Q Q^T \le 1` of the rows `Q`, up to rounding: what is cut along them is never more than
-    there is, and what is left never larger than it is taken for.
+    The cosines between rows are made slightly smaller, so that the factorization always exists
+    (arXiv:1809.11085). A row with at least a thousandth outside the span of the rows before it
+    becomes orthogonal to them. A row with less becomes shorter than 1. So :math:`Q Q^T \le 1` for
+    the result `Q`, up to rounding, and a cut along its rows never removes more than there is.
     """
     gram = _product("bkj,blj->bkl", vectors, vectors)
     one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)

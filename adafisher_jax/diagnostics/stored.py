@@ -96,7 +96,7 @@ def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[La
             layer,
             Stored(
                 jax.tree.map(lambda x, part=part: x[part], state.curvature(name)),
-                scale and Scale(scale.square[part], scale.weight[part]),
+                scale and Scale(scale.square[part], scale.bias_correction[part]),
                 state.ages[index],
                 state.skipped[index],
             ),

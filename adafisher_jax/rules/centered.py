@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adafisher_jax import in_turn, spectrum
+from adafisher_jax import execution_order, spectrum
 from adafisher_jax.alike import each
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Leaf
@@ -36,27 +36,31 @@ class Centered(Rule):
         d_w &= 0.2\, \min(1, 128/n)\, (D - E) / \mathrm{rms}(D - E), \qquad
         d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
 
-    where `E` is the excess of the leading singular values (`adafisher_jax.spectrum`) and `rms` a
-    running root mean square, one number for each parameter (and stacked layer). The loss's scale
-    drops out, and a weight's steps are at a learning rate of one about as large as Adam's.
+    `E` is the excess of the leading singular values (`adafisher_jax.spectrum`). `rms` is a running
+    root mean square, one number for each parameter and each stacked layer. The scale of the loss
+    drops out. At a learning rate of one, the step of a weight is about as large as Adam's.
 
-    `n` is the shorter side of `D` as a matrix of inputs by outputs (a patch is inputs, the features
-    of all heads are outputs, stacked layers are apart). A few directions hold most of a step, so
-    that one of a fixed root mean square changes outputs the more the larger both sides are. The
-    division by `n` takes that back, and one learning rate serves small and large networks. Below
-    128 nothing grows: a bottleneck is no narrow network. Embeddings are left alone, since a row
-    that is looked up changes by its own step, whatever the sides.
+    `n` is the shorter side of `D` as a matrix of inputs by outputs. A patch counts as inputs, the
+    features of all heads as outputs, and stacked layers are separate matrices. A few directions
+    hold most of a step, so a step of fixed root mean square changes outputs in proportion to `n`
+    when both sides grow. The division by `n` makes up for this, and one learning rate serves small
+    and large networks. It does not apply below 128, since a bottleneck is not a narrow network, nor
+    to embeddings, since a lookup changes by its own row alone.
 
     Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
-    and before a layer's first refresh, matrices are divided by their own steps' `rms`, and
-    vectors by the gradient's.
+    and before the first refresh of a layer, matrices are divided by the `rms` of their own steps,
+    and vectors by that of the gradient.
+
+    µP divides by the number of inputs (arXiv:2203.03466); Muon with a fixed root mean square
+    (arXiv:2502.16982) does not divide. Spectra (arXiv:2602.11185) also lowers a leading subspace of
+    the update, tracked by power iteration. `docs/algorithm.md` has more of what is close.
     """
 
     nesterov = True
     exponent = 0.5
     b2 = 0.99
     rms = 0.2
-    widest = 128  # the longest shorter side with steps as large as that
+    widest = 128  # the longest shorter side of a weight whose steps have that root mean square
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         shape = [1] * leaf.ndim
@@ -113,7 +117,7 @@ class Centered(Rule):
             of_part = operator.itemgetter(part)
             own, *stacked = jax.tree.map(of_part, (curvature, vectors, scales))
             if after:
-                own = own._replace(slot=in_turn.after(own.slot, [after[-1].weight.square]))
+                own = own._replace(slot=execution_order.after(own.slot, [after[-1].weight.square]))
             momenta = Pair(*(values and of_part(values) for values in momentum))
             found = self._direction(layer.one.stacked(len(own.slot)), own, momenta, *stacked)
             steps.append(found[0])
@@ -195,7 +199,7 @@ class Centered(Rule):
         return self.rms if layer is None else self.rms * self.share(layer)
 
     def share(self, layer: Layer) -> float:
-        """How large the steps of its weight are, of those of a small one."""
+        """The size of the steps of a layer's weight, relative to a small layer's."""
         if layer.kind == "embedding":  # a lookup changes by its own row's step, whatever the width
             return 1.0
         return min(1.0, self.widest / max(min(layer.fan_in, layer.fan_out), 1))
@@ -216,8 +220,10 @@ class Centered(Rule):
         square = everywhere(square).astype(scale.square.dtype)
         good = jnp.isfinite(square)
         new = jnp.where(good, self.b2 * scale.square + (1 - self.b2) * square, scale.square)
-        weight = jnp.where(good, self.b2 * scale.weight + (1 - self.b2), scale.weight)
-        scale = scale._replace(square=new, weight=weight)
+        one = jnp.where(
+            good, self.b2 * scale.bias_correction + (1 - self.b2), scale.bias_correction
+        )
+        scale = scale._replace(square=new, bias_correction=one)
         return scale, jnp.where(good, _inverse_rms(scale), 0)  # without a square there is no step
 
     def size(self, layer: Layer, scale: Scale | None) -> Any:
@@ -235,14 +241,14 @@ def _preconditioned(
 
 def _inverse_rms(scale: Scale) -> jax.Array:
     """One over the running root mean square; 0 while that is 0."""
-    return _inverse_root(scale.square, scale.weight)
+    return _inverse_root(scale.square, scale.bias_correction)
 
 
-def _inverse_root(x: jax.Array, weight: Any = 1) -> jax.Array:
-    """One over the square root of `x / weight`; 0 where `x` is 0."""
+def _inverse_root(x: jax.Array, by: Any = 1) -> jax.Array:
+    """One over the square root of `x / by`; 0 where `x` is 0."""
     good = x > 0
-    x, weight = (jnp.where(good, y, 1) for y in (x, weight))
-    return jnp.where(good, jax.lax.rsqrt(x / weight), 0)
+    x, by = (jnp.where(good, y, 1) for y in (x, by))
+    return jnp.where(good, jax.lax.rsqrt(x / by), 0)
 
 
 def _relative(layer: Layer, values: jax.Array) -> jax.Array:

@@ -26,20 +26,20 @@ class Paper(Rule):
     def scaled(
         self, layer: Layer, curvature: Curvature, centers: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (h, s, _, _), slot, unit = curvature
-        return _minmax(layer, h, slot, s, unit)
+        (h, s, _, _), slot, ranges = curvature
+        return _minmax(layer, h, slot, s, ranges)
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
-        return self._with_unit(layer, super().start(layer, dtype))
+        return self._with_ranges(layer, super().start(layer, dtype))
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         new, outcome = super().refresh(layer, old, fresh)
-        return self._with_unit(layer, new), outcome
+        return self._with_ranges(layer, new), outcome
 
-    def _with_unit(self, layer: Layer, curvature: Curvature) -> Curvature:
-        # Kept, since it changes with the averages only: other steps are nothing but a division.
+    def _with_ranges(self, layer: Layer, curvature: Curvature) -> Curvature:
+        # Stored, since ranges change with the averages only: other steps only divide.
         (h, s, _, _), slot, _ = curvature
-        return curvature._replace(unit=_unit(layer, h, slot, s))
+        return curvature._replace(ranges=_ranges(layer, h, slot, s))
 
 
 class Official(Rule):
@@ -64,7 +64,7 @@ class Official(Rule):
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         scale = layer.groups / max(layer.fan_in, 1) if layer.kind == "conv" else 1.0
         whole = fresh.h * scale, jnp.full_like(old.slot, scale), fresh.s
-        h, slot, s = _minmax(layer, *whole, _unit(layer, *whole, 1e-6))
+        h, slot, s = _minmax(layer, *whole, _ranges(layer, *whole, 1e-6))
         new = (fresh._replace(h=h, s=s), slot)
         return blend(layer, old, new, fresh, 0.1 * self.ema, 0.01 * self.ema)
 
@@ -72,20 +72,20 @@ class Official(Rule):
         return curvature.slot < 1  # the first refresh takes it far below where it starts
 
 
-def _unit(
+def _ranges(
     layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, epsilon: float = 0.0
 ) -> jax.Array:
-    """What takes `h` with its bias slot, and `s`, to the unit interval: four numbers a block."""
+    """The least value and one over the range, of `h` with its bias slot and of `s`."""
     joint = (h, slot) if _has_slot(layer) else (h,)
     found = *to_unit(joint, layer.inner, epsilon), *to_unit((s,), layer.inner, epsilon)
     return jnp.stack(found, 1)
 
 
 def _minmax(
-    layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, unit: jax.Array
+    layer: Layer, h: jax.Array, slot: jax.Array, s: jax.Array, ranges: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`h`, its bias slot and `s`, taken there."""
-    low_h, inverse_h, low_s, inverse_s = jnp.unstack(unit, axis=1)
+    """`h`, its bias slot and `s`, brought to the unit interval by their ranges."""
+    low_h, inverse_h, low_s, inverse_s = jnp.unstack(ranges, axis=1)
     slot = (slot - low_h) * inverse_h if _has_slot(layer) else jnp.zeros_like(slot)
     return (h - low_h) * inverse_h, slot, (s - low_s) * inverse_s
 

@@ -1,10 +1,9 @@
-"""What a rule is: how layers' statistics are averaged and divide their momentum.
+"""What a rule is: how it averages the statistics of layers and divides momentum by them.
 
-A rule sees one group of like layers at a time (`adafisher_jax.alike`): as one layer whose first
-axis is over the group, with their `Curvature` (averaged factors, and the bias slot of `h` beside
-them) stacked along it. The weights, and the biases, of a `Pair` are a tuple of arrays, one for each
-layer. Stacked layers are treated each for itself.
-Nothing here knows about optax, Flax or where the factors come from.
+A rule sees one group of like layers at a time (`adafisher_jax.alike`). The group is one `Layer`
+whose first axis is over its members, and its `Curvature` is stacked along that axis. The weights of
+a `Pair` are a tuple of arrays, one for each member, and so are the biases. A rule treats stacked
+layers as separate ones. It knows nothing of optax, of Flax or of where factors come from.
 """
 
 import dataclasses
@@ -20,27 +19,29 @@ from adafisher_jax.layout import Layer, Leaf
 
 
 class Curvature(NamedTuple):
-    """What is stored of like layers, stacked.
+    """The stored curvature of a group of like layers, stacked.
 
     Attributes:
-      factor: running averages of its statistics.
-      slot: the bias slot of `h`, one number for each block: the running average of a constant.
-        Averages that start at zero are bias-corrected by it.
-      unit: what brings the averages into the unit interval, if the rule does that; its numbers
-        lie along the second axis.
+      factor: the running averages of the statistics.
+      slot: the entry of `h` that belongs to the bias, one number for each block. It is the running
+        average of the constant 1, which corrects averages that start at zero.
+      ranges: only of rules with min-max: the least value of `h` and one over its range, then the
+        same of `s`, along the second axis.
     """
 
     factor: Factor
     slot: jax.Array
-    unit: Any = None
+    ranges: Any = None
 
 
 class Outcome(NamedTuple):
-    """What came of a refresh, one for each layer of a group; of any, of those a scan has stacked.
+    """The result of a refresh, one value for each layer of a group.
+
+    Layers that a scan has stacked have one value: whether it is true of any of them.
 
     Attributes:
-      changed: whether averages changed.
-      skipped: whether some were left as they were, since statistics were not finite.
+      changed: whether the averages changed.
+      skipped: whether they did not because the statistics were not finite.
     """
 
     changed: jax.Array
@@ -48,22 +49,22 @@ class Outcome(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The weight's and the bias's share of something; None where there is none."""
+    """A value for the weight and one for the bias; None for one that a layer does not have."""
 
     weight: Any
     bias: Any
 
     def each(self, function: Callable[..., Any]) -> "Pair":
-        """The function of each of the weights, and of the biases."""
+        """A pair with the function applied to each weight and to each bias."""
         return Pair(*(values and tuple(map(function, values)) for values in self))
 
 
 class Vectors(NamedTuple):
-    """The biases of a group, or what its normalization layers have, stacked: to take numbers from.
+    """The vectors of a group, stacked: its biases, and all parameters of normalization layers.
 
     Attributes:
-      momentum: likewise as a step uses it.
-      grads: the gradients.
+      momentum: their momentum, as a step uses it.
+      grads: their gradients.
     """
 
     momentum: Pair
@@ -71,25 +72,26 @@ class Vectors(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """What is stored of a parameter's steps, or of those of like ones, stacked.
+    """The stored size and directions of a parameter's steps; of like parameters, stacked.
 
     Attributes:
-      square: their running mean square, one for each stacked layer, of the parameter's rank.
-      weight: that corrects it.
-      basis: their leading directions, of layers' weights; see `adafisher_jax.spectrum`.
+      square: the running mean square of the steps, one number for each stacked layer, of the
+        parameter's rank. It starts at zero.
+      bias_correction: the same running mean of ones, by which `square` is divided.
+      basis: the leading directions of a layer's weight; see `adafisher_jax.spectrum`.
     """
 
     square: jax.Array
-    weight: jax.Array
+    bias_correction: jax.Array
     basis: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Averages that start at zero, and momentum divided by them, damped; what rules build on.
+    """The base of the rules: averages that start at zero, and momentum divided by them, damped.
 
     Attributes:
-      ema: the averages' decay γ.
+      ema: decay γ of the averages.
       damping: λ, or the relative damping τ.
     """
 
@@ -97,21 +99,21 @@ class Rule:
     damping: Any
 
     def __init_subclass__(cls) -> None:
-        """Makes a rule a pytree: `register_dataclass` would let JAX take one for another."""
+        """Makes each rule a pytree of its own type, so that JAX never takes one for another."""
         super().__init_subclass__()
         jax.tree_util.register_pytree_node(
             cls, lambda one: ((one.ema, one.damping), None), lambda _, own: cls(*own)
         )
 
     nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
-    exponent = 1.0  # of `damped`, in what the momentum is divided by
+    exponent = 1.0  # the power of `damped` by which the momentum is divided
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
         """The averages before the first refresh."""
         return Curvature(layer.zeros(dtype), jnp.zeros(layer.slot_shape, dtype))
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
-        """The averages after new statistics; unchanged where those are unusable."""
+        """The averages after new statistics; unchanged where the statistics are not usable."""
         new = (fresh, jnp.ones_like(old.slot))
         return blend(layer, old, new, fresh, self.ema, 1 - self.ema)
 
@@ -134,7 +136,7 @@ class Rule:
         return h * s + self.damping
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
-        """What is kept of a parameter, if anything; `at`: its place in a layer, then stacked."""
+        """The `Scale` a parameter starts with, or None; `at` is its stacked leaf in a layer."""
         return None
 
     def direction(
@@ -151,7 +153,7 @@ class Rule:
         return momentum, scale
 
     def size(self, layer: Layer, scale: Scale | None) -> Any:
-        """What a layer's weight has its preconditioned momentum multiplied by."""
+        """The factor that multiplies the preconditioned momentum of a layer's weight."""
         return 1.0
 
 

@@ -158,7 +158,7 @@ OTHERS = {
     "wider": (lambda: create(model=Net(5)), "Dense_0"),
     "one layer less": (lambda: create(model=Net(norm=False)), "LayerNorm_0"),
     "layout": (lambda: create(layout=without_layer(layout_of(Net()), "Dense_1")), "Dense_1"),
-    "rule": (lambda: create("paper"), "(scales|units)"),
+    "rule": (lambda: create("paper"), "(scales|ranges)"),
 }
 any_other = pytest.mark.parametrize(("other", "path"), OTHERS.values(), ids=OTHERS)
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import adafisher_jax as af
-from adafisher_jax import in_turn
+from adafisher_jax import execution_order
 from tests.support.hand_made import layout_of, make_layer, random_factors, random_tree
 
 LAYERS = [  # unlike: alike, they would be stepped together
@@ -17,7 +17,7 @@ LAYERS = [  # unlike: alike, they would be stepped together
 
 def test_on_a_cpu_and_only_there_the_value_depends_on_the_others():
     def order(value, other):
-        return in_turn.after(value, [other])
+        return execution_order.after(value, [other])
 
     lowered = jax.jit(order).trace(jnp.ones(()), jnp.ones(3))
     for platform, depends in {"cpu": True, "cuda": False}.items():
@@ -27,7 +27,7 @@ def test_on_a_cpu_and_only_there_the_value_depends_on_the_others():
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap, lambda f: f])
 def test_the_value_is_as_it_was(transform):
-    found = transform(lambda x: in_turn.after(3 * x, [jnp.full(2, 1e30)]))
+    found = transform(lambda x: execution_order.after(3 * x, [jnp.full(2, 1e30)]))
     x = jnp.ones(4 if transform is jax.vmap else ())
     expected = transform(lambda x: 3 * x)(x)
     np.testing.assert_array_equal(found(x), expected)

@@ -122,17 +122,20 @@ def _over_tasks(found, loss, name):
 
 
 def _ratio(by_task, loss, name, other, cost=None):
-    """The geometric mean of steps over those of another; never is twice the length of a run.
+    """The geometric mean of steps over those of another, and its standard error over the tasks.
 
-    `cost`: the key of what a step costs. None where that is not known, or no task is common.
+    Never is twice the length of a run. `cost`: the key of what a step costs. None where that is not
+    known, or fewer than two tasks are common.
     """
     pairs = [[rows[name], rows[other]] for rows in by_task if other in rows]
     costs = [[row.get(cost) if cost else 1 for row in pair] for pair in pairs]
-    if not pairs or not all(map(all, costs)):
+    if len(pairs) < 2 or not all(map(all, costs)):
         return None
     steps = [[row[f"{loss}_steps"] or 2 * row["budget"] for row in pair] for pair in pairs]
     mine, its = np.transpose(np.multiply(steps, costs))
-    return float(np.exp(np.mean(np.log(mine / its))))
+    logs = np.log(mine / its)
+    ratio = np.exp(np.mean(logs))
+    return [float(ratio), float(ratio * np.std(logs, ddof=1) / math.sqrt(len(logs)))]
 
 
 def beyond_best(found: Sequence[Row], loss: str) -> dict[str, list[float]]:

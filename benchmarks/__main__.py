@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import ladder, pages, report
 from benchmarks.study import command as study_command
+from benchmarks.targets import command as targets_command
 
 SUITES = {
     "update": "the optimizer's part of a step, against AdamW's",
@@ -64,10 +65,17 @@ def main():
     study_command.add_arguments(study)
     text = "the best learning rate of a model in several sizes"
     ladder.add_arguments(commands.add_parser("ladder", help=text, description=text))
+    text = "how soon optimizers reach targets that a tuned NAdamW sets"
+    targets_command.add_arguments(commands.add_parser("targets", help=text, description=text))
     text = "writes the tables of the documentation's pages, from what is stored"
     commands.add_parser("tables", help=text, description=text)
     arguments = parser.parse_args()
-    apart = {"study": study_command.main, "ladder": ladder.main, "tables": pages.main}
+    apart = {
+        "study": study_command.main,
+        "ladder": ladder.main,
+        "targets": targets_command.main,
+        "tables": pages.main,
+    }
     if arguments.suite in apart:
         apart[arguments.suite](arguments)
         return

@@ -108,13 +108,17 @@ def _kernels(task: Task) -> Any:
 
 def psgd(task: Task, rate: Schedule, weight_decay: float, **options: Any) -> Optimizer:
     """PSGD with Kronecker factors (psgd-jax)."""
-    kron = compatibility.psgd().kron(rate, weight_decay=weight_decay, **options)
+    tx = optax.chain(
+        compatibility.psgd().scale_by_kron(**options),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
 
     def init(params):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints
-            return kron.init(params)
+            return tx.init(params)
 
-    quiet = optax.GradientTransformationExtraArgs(init, kron.update)
+    quiet = optax.GradientTransformationExtraArgs(init, tx.update)
     return of_transformation(quiet, of_gradients(task))
 
 

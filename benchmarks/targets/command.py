@@ -89,4 +89,5 @@ def _tell(new, arguments):
     command = "python -m benchmarks targets"
     report.store(out / "summary.json", tables.summary(found), under, command)
     report.draw(out / "profiles.png", tables.profiles, found, under["machine"])
-    print(report.table(COLUMNS, new))
+    names = {row["name"] for row in new}
+    print(report.table(COLUMNS, [row for row in found if row["name"] in names]))

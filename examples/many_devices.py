@@ -78,7 +78,7 @@ def compare():
 
     losses, state = train(everything, batches)
     expected, _ = train(single, batches)
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
     if jax.process_index() == 0:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices")
         print(f"momentum of a kernel: {state.mu['layers_0']['kernel'].sharding.spec}")

@@ -5,6 +5,7 @@ derivative of a model is used. No cotangent reaches such an output.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from jax.extend import core
 
@@ -22,40 +23,52 @@ def places_reached(program: core.ClosedJaxpr, outputs: Sequence[bool]) -> set[Pl
 
 
 def _reach(
-    jaxpr: core.Jaxpr, outputs: Sequence[bool], around: Place, reached: set[Place]
+    jaxpr: core.Jaxpr,
+    outputs: Sequence[bool],
+    around: Place,
+    reached: set[Place],
+    references: Sequence[bool] = (),
 ) -> list[bool]:
-    """Returns for each input whether the chosen outputs depend on it; adds to `reached`."""
+    """Returns for each input whether the chosen outputs depend on it; adds to `reached`.
+
+    `references` says which inputs are mutable arrays that are read later: who writes to them
+    is reached.
+    """
     wanted = {v for v, one in zip(jaxpr.outvars, outputs, strict=True) if one and _is_var(v)}
+    wanted |= {v for v, one in zip(jaxpr.invars, references, strict=False) if one}
     for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
         outs = [var in wanted for var in eqn.outvars]
-        if any(outs):
+        refs = [_is_reference(v) and v in wanted for v in eqn.invars]
+        if any(outs) or any(refs):
             place = (*around, (index, 0))
             reached.add(place)
-            ins = _reach_bodies(eqn, outs, place, reached)
+            ins = _reach_bodies(eqn, outs, refs, place, reached)
             wanted |= {v for v, one in zip(eqn.invars, ins, strict=True) if one and _is_var(v)}
     return [var in wanted for var in jaxpr.invars]
 
 
 def _reach_bodies(
-    eqn: core.JaxprEqn, outs: list[bool], place: Place, reached: set[Place]
+    eqn: core.JaxprEqn, outs: list[bool], refs: list[bool], place: Place, reached: set[Place]
 ) -> list[bool]:
     """Returns for each operand of an equation whether the chosen outputs depend on it."""
     everything = [True] * len(eqn.invars)
     if eqn.primitive.name == "while":
         (body,) = bodies(eqn)
-        _reach(body, [True] * len(body.outvars), place, reached)
+        _reach(body, [True] * len(body.outvars), place, reached, [True] * len(body.invars))
         return everything
     if eqn.primitive.name == "scan":
         consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         (body,) = bodies(eqn)
-        while True:  # the carry that a step reads is written by the step before
-            ins = _reach(body, outs, place, reached)
+        while True:  # the carry, or reference, that a step reads is written by the step before
+            ins = _reach(body, outs, place, reached, refs)
             more = [a or b for a, b in zip(outs, ins[consts : consts + carries], strict=False)]
-            if more == outs[:carries]:
+            read = [one and _is_reference(v) for one, v in zip(ins, eqn.invars, strict=True)]
+            if more == outs[:carries] and read == refs:
                 return ins
-            outs = [*more, *outs[carries:]]
+            outs, refs = [*more, *outs[carries:]], read
+    inside = refs[1:] if eqn.primitive.name == "cond" else refs
     found = [
-        _reach(body, outs, (*place[:-1], (place[-1][0], i)), reached)
+        _reach(body, outs, (*place[:-1], (place[-1][0], i)), reached, inside)
         for i, body in enumerate(bodies(eqn))
     ]
     if not found:
@@ -64,5 +77,10 @@ def _reach_bodies(
     return [True, *ins] if eqn.primitive.name == "cond" else ins
 
 
-def _is_var(atom: object) -> bool:
+def _is_reference(atom: object) -> TypeGuard[core.Var]:
+    """Whether a variable is a mutable array (`jax.new_ref`)."""
+    return _is_var(atom) and hasattr(atom.aval, "inner_aval")
+
+
+def _is_var(atom: object) -> TypeGuard[core.Var]:
     return isinstance(atom, core.Var)

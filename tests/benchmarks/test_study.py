@@ -288,7 +288,7 @@ def test_a_control_has_a_warm_up_of_its_own(name, scale):
     np.testing.assert_allclose(step["kernel"], scale * whole["kernel"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("decay", [0.01, 0.1])
+@pytest.mark.parametrize("decay", [0.01, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_a_control_decays_weights(decay):
     model = nn.Dense(6)
     step, _ = first_step(f"centered-decay={decay}", model, INPUTS)
@@ -315,7 +315,14 @@ def test_a_control_steps_without_nesterov_or_an_average_of_sizes():
 
 
 @pytest.mark.parametrize(
-    ("share", "ratio"), {"equal": 1.25, "root": 1.25**0.5, "inputs": 0.8, "embeddings": 1}.items()
+    ("share", "ratio"),
+    [
+        ("equal", 1.25),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [("root", 1.25**0.5), ("inputs", 0.8), ("embeddings", 1)]
+        ),
+    ],
 )
 def test_a_control_has_steps_of_another_share(share, ratio):
     x = jax.random.normal(jax.random.key(1), (40, 200))

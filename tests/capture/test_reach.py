@@ -58,6 +58,30 @@ def of_index(x):
     return lax.switch(jnp.sin(x).astype(int), [jnp.cos, jnp.tanh], x), jnp.cos(x)
 
 
+def written(x):
+    """The sine is written to a mutable array, in a loop, and read afterwards."""
+    ref = jax.new_ref(x)
+
+    def step(carry, _):
+        ref[...] += jnp.sin(carry)
+        return carry, jnp.cos(carry)
+
+    _, ys = lax.scan(step, x, None, length=3)
+    return ref[...], ys
+
+
+def read_before(x):
+    """Each step of the loop reads what the step before wrote."""
+    ref = jax.new_ref(x)
+
+    def step(carry, _):
+        carry = carry + ref[...]
+        ref[...] = jnp.sin(carry)
+        return carry, jnp.cos(carry)
+
+    return lax.scan(step, x, None, length=3)
+
+
 CASES = {
     "as it is": (two, (1, 0), ((1, 1), (0, 1))),
     "both": (two, (1, 1), ((1, 1), (1, 1))),
@@ -69,6 +93,9 @@ CASES = {
     "carried from one to another": (handed_on, (1, 0), ((0, 1), (1, 1))),
     "a loop without end": (in_while, (1, 0), ((1, 1), (1, 1))),
     "branches": (in_cond, (1, 0), ((1, 1), (0, 2))),
+    "written to a mutable array": (written, (1, 0), ((1, 1), (0, 1))),
+    "beside a mutable array": (written, (0, 1), ((0, 1), (1, 1))),
+    "read before it is written": (read_before, (1, 0), ((1, 1), (0, 1))),
     "which branch it is": (of_index, (1, 0), ((1, 1), (1, 2))),
 }
 

@@ -143,14 +143,7 @@ WAYS = {
 }
 
 
-# What is written to a mutable array is not followed from there to the loss.
-NOT_FOLLOWED = pytest.mark.xfail(reason="listed as having no part in the loss")
-
-
-@pytest.mark.parametrize(
-    "how",
-    [pytest.param(way, marks=[NOT_FOLLOWED] * ("reference" in way)) for way in WAYS],
-)
+@pytest.mark.parametrize("how", WAYS)
 def test_a_stack_of_layers(how, x):
     run, plain = WAYS[how]
     params = random_stack(random_params(Block(), x), [3], [0])

@@ -124,10 +124,12 @@ def on_one_device(name, dtype, rule, every=1):
 
 
 def assert_close(found, expected, rtol):
-    """To a share of each array's largest entry."""
+    """To a share of each array's largest entry, and to the rounding of its type."""
 
     def compare(path, want, got):
-        atol = rtol * max(np.max(np.abs(want)), 1e-3)
-        np.testing.assert_allclose(got, want, rtol, atol, err_msg=jax.tree_util.keystr(path))
+        floating = jnp.issubdtype(want.dtype, jnp.floating)
+        share = max(rtol, float(jnp.finfo(want.dtype).eps)) if floating else rtol
+        atol = share * max(np.max(np.abs(want)), 1e-3)
+        np.testing.assert_allclose(got, want, share, atol, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(compare, expected, found)

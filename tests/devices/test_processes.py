@@ -42,7 +42,7 @@ def finish(*processes):
     [
         ("mapped", ["-m", ""]),
         ("sharded", ["-m", "not slow"]),
-        *(("sharded", ["-m", "slow", "--slow-share", f"{i}/4"]) for i in range(1, 5)),
+        *(("sharded", ["-m", "slow", "--slow-share", f"{i}/6"]) for i in range(1, 7)),
     ],
     ids=lambda one: one if isinstance(one, str) else one[-1],
 )

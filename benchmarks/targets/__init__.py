@@ -1,4 +1,4 @@
-"""Steps and seconds to a target, on small tasks frozen before any optimizer was run on them.
+"""Steps and seconds to a target, on small tasks that were fixed before the runs.
 
 `tasks` → `rivals` (optimizers and their spaces) → `search` (which settings) → `run` (one run) →
 `reach` (targets, and when they are reached) → `tables`.

@@ -17,7 +17,7 @@ from benchmarks.targets.tasks import HELD_BACK, OPEN, TASKS
 
 OUT = pathlib.Path(__file__).parents[1] / "results" / "targets"
 PARTS = {"open": [*OPEN], "held_back": [*HELD_BACK], "all": [*TASKS]}
-QUICK = search.Effort(trials=3, seeds=2, steps=20)
+QUICK = search.Effort(trials=3, steps=20)
 ROUNDS = 10
 COLUMNS = ["name", "train_steps", "train_seconds", "held_out_steps", "held_out_seconds", "step_ms"]
 OVER_TASKS = [

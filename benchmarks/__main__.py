@@ -17,7 +17,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import ladder, pages, report
+from benchmarks import ladder, pages, report, sizes
 from benchmarks.study import command as study_command
 from benchmarks.targets import command as targets_command
 
@@ -65,6 +65,8 @@ def main():
     study_command.add_arguments(study)
     text = "the best learning rate of a model in several sizes"
     ladder.add_arguments(commands.add_parser("ladder", help=text, description=text))
+    text = "whether a gain lasts as a model grows, at equal steps and at equal time"
+    sizes.add_arguments(commands.add_parser("sizes", help=text, description=text))
     text = "how soon optimizers reach targets that a tuned NAdamW sets"
     targets_command.add_arguments(commands.add_parser("targets", help=text, description=text))
     text = "writes the tables of the documentation's pages, from what is stored"
@@ -73,6 +75,7 @@ def main():
     apart = {
         "study": study_command.main,
         "ladder": ladder.main,
+        "sizes": sizes.main,
         "targets": targets_command.main,
         "tables": pages.main,
     }

@@ -39,6 +39,25 @@ def on_matrices(layers: Sequence[Layer], inner: Any, others: Any) -> Any:
     return optax.GradientTransformation(init, update)
 
 
+def soap(layers: Sequence[Layer], rate: Any, decay: Any, b1: Any = 0.95, b2: Any = 0.95) -> Any:
+    """SOAP for the weights of dense layers, convolutions and embeddings, AdamW for the rest.
+
+    The decays are those of the paper.
+    """
+    weights = optax.chain(
+        scale_by_soap(b1, b2),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    others = optax.adamw(rate, b1, b2, weight_decay=decay)
+    return on_matrices(of_kinds(layers, "dense", "conv", "embedding"), weights, others)
+
+
+def of_kinds(layers: Sequence[Layer], *kinds: str) -> list[Layer]:
+    """Those with a weight."""
+    return [one for one in layers if one.weight and one.kind in kinds]
+
+
 def normalize_neurons(b2: Any) -> optax.GradientTransformation:
     r"""NorMuon's normalization of Muon's steps `O`, one number for each output (arXiv:2510.05491).
 

@@ -119,10 +119,6 @@ def _of_others(settings, steps):
     return lambda step: settings["others"] * rate(settings, steps)(step)
 
 
-def _layers(task, *kinds):
-    return [one for one in task.layout.layers if one.weight and one.kind in kinds]
-
-
 def normuon(task, settings, steps):
     """As optax's Muon, each output's steps divided by their running root mean square."""
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
@@ -137,21 +133,15 @@ def normuon(task, settings, steps):
     others = optax.nadamw(
         _of_others(settings, steps), b2=settings["b2"], weight_decay=settings["decay"]
     )
-    tx = matrices.on_matrices(_layers(task, "dense", "conv"), kernels, others)
+    layers = matrices.of_kinds(task.layout.layers, "dense", "conv")
+    tx = matrices.on_matrices(layers, kernels, others)
     return of_transformation(tx, of_gradients(task))
 
 
 def soap(task, settings, steps):
     """Adam with the same decays steps what is no matrix."""
-    schedule, (b1, b2) = rate(settings, steps), (settings["b1"], settings["b2"])
-    weights = optax.chain(
-        matrices.scale_by_soap(b1, b2),
-        optax.add_decayed_weights(settings["decay"]),
-        optax.scale_by_learning_rate(schedule),
-    )
-    others = optax.adamw(schedule, b1, b2, weight_decay=settings["decay"])
-    layers = _layers(task, "dense", "conv", "embedding")
-    return of_transformation(matrices.on_matrices(layers, weights, others), of_gradients(task))
+    given = rate(settings, steps), settings["decay"], settings["b1"], settings["b2"]
+    return of_transformation(matrices.soap(task.layout.layers, *given), of_gradients(task))
 
 
 def nadamw_cut(task, settings, steps):

@@ -1,0 +1,114 @@
+"""`python -m benchmarks sizes`: whether a gain lasts as a model grows, at equal steps and time.
+
+The model is that of the ladder "width". Each optimizer has the rate that was best for it on each
+rung, as stored by `python -m benchmarks ladder`. At equal time a run has as many steps as fit into
+the time of AdamW's run at equal steps.
+"""
+
+import argparse
+import functools
+import pathlib
+
+import jax
+from tqdm import tqdm
+
+from benchmarks import ladder, report
+from benchmarks.plots import COLOURS
+from benchmarks.study import cost, trial
+from benchmarks.study.ladders import LADDERS
+from benchmarks.study.results import Results
+
+OUT = pathlib.Path(__file__).with_name("results") / "sizes"
+LADDER, BESIDE = "width", "nadamw"
+OPTIMIZERS = [BESIDE, "muon", "soap", ladder.OURS]
+COLUMNS = "name parameters cost loss to_nadamw steps_in_time loss_in_time in_time_to_nadamw".split()
+
+
+def add_arguments(parser):
+    add = functools.partial(parser.add_argument, metavar="")
+    add("--data", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data sets")
+    add("--ladder", type=pathlib.Path, default=ladder.OUT, help="folder of a ladder's runs")
+    add("--out", type=pathlib.Path, default=OUT, help="folder; what is found there goes on")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+      ValueError: if the ladder has no run of an optimizer on a rung.
+    """
+    results = Results(arguments.out / "runs.jsonl")
+    at_equal_steps = {
+        (row["size"], row["optimizer"]): row
+        for row in ladder.rows(Results(arguments.ladder / "runs.jsonl"))
+        if row["ladder"] == LADDER
+    }
+    found = []
+    for size, problem in tqdm(LADDERS[LADDER].items(), unit="size"):
+        if missing := [name for name in OPTIMIZERS if (size, name) not in at_equal_steps]:
+            raise ValueError(
+                f"{arguments.ladder}: got no run of {missing[0]} at width {size}. Run python -m "
+                f"benchmarks ladder --ladders {LADDER} --optimizers {' '.join(OPTIMIZERS)}"
+            )
+        rows = [at_equal_steps[size, name] for name in OPTIMIZERS]
+        found += _rung(f"{LADDER} {size}", problem, rows, results, arguments)
+    under = report.circumstances([], quick=False)
+    report.store(arguments.out / "table.json", found, under, "python -m benchmarks sizes")
+    report.draw(arguments.out / "sizes.png", plot, found, under["machine"])
+    print(report.table(COLUMNS, found))
+
+
+def _rung(rung, problem, rows, results, arguments):
+    """The optimizers' rows for one size."""
+    begin = functools.partial(trial.Trial, rung, seed=0, batch=problem.batch)
+    names = {cost.BASELINE, *OPTIMIZERS}
+    timed = {name: begin(optimizer=name, rate=0.0, steps=problem.steps) for name in names}
+    costs = cost.ratios(timed, arguments.data, arguments.out / "costs.json")
+    parameters = _parameters(rung, problem, arguments.data)
+    found = []
+    for row in rows:
+        name = row["optimizer"]
+        steps = max(round(problem.steps / costs[name]), 1)
+        one = begin(optimizer=name, rate=row["best_rate"], steps=steps)
+        if one not in results:
+            results.add(one, trial.run(one, arguments.data))
+        found.append(
+            {
+                "name": row["name"],
+                "size": row["size"],
+                "optimizer": name,
+                "parameters": parameters,
+                "rate": row["best_rate"],
+                "seeds": row["seeds"],
+                "cost": costs[name],
+                "loss": row["best_loss"],
+                "steps_in_time": steps,
+                "loss_in_time": results[one]["train_loss"],
+            }
+        )
+    beside = found[0]
+    for row in found:
+        row["to_nadamw"] = row["loss"] / beside["loss"]
+        row["in_time_to_nadamw"] = row["loss_in_time"] / beside["loss_in_time"]
+    return found
+
+
+def _parameters(rung, problem, folder):
+    task = problem.task(rung, problem.read(folder), problem.batch, seed=0)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def plot(figure, found):
+    """Losses relative to NAdamW's against the number of parameters."""
+    figure.set_size_inches(8, 3.6)
+    axes = figure.subplots(1, 2, sharey=True)
+    axes[0].set_ylabel("training loss, relative to NAdamW's")
+    for panel, key, title in zip(
+        axes, ("to_nadamw", "in_time_to_nadamw"), ("equal steps", "equal time"), strict=True
+    ):
+        panel.set(title=title, xscale="log", xlabel="parameters")
+        for name, colour in zip(OPTIMIZERS, COLOURS, strict=False):
+            mine = [row for row in found if row["optimizer"] == name]
+            xs, ys = ([row[of] for row in mine] for of in ("parameters", key))
+            panel.plot(xs, ys, "o-", color=colour, ms=3, lw=1.2, label=name)
+    axes[0].legend(fontsize=7)

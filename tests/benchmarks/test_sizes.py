@@ -1,0 +1,57 @@
+"""The comparison over sizes, of a problem shortened to a few steps."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import ladder, sizes
+from benchmarks.study import cost
+from benchmarks.study.ladders import LADDERS, RUNGS
+from benchmarks.study.models import MLP
+from benchmarks.study.problems import PROBLEMS
+
+OPTIMIZERS = ["nadamw", ladder.OURS]
+COSTS = {"nadamw": 1.0, ladder.OURS: 3.0}
+
+
+def arguments(add, *flags):
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return parser.parse_args([*map(str, flags)])
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path):
+    problem = dataclasses.replace(PROBLEMS["digits_mlp"], model=MLP((8,), 10), steps=6, measured=50)
+    monkeypatch.setitem(LADDERS, "width", {8: problem})
+    monkeypatch.setitem(RUNGS, "width 8", problem)
+    monkeypatch.setattr(sizes, "OPTIMIZERS", OPTIMIZERS)
+    monkeypatch.setattr(cost, "ratios", lambda *_: COSTS)
+
+    def run():
+        there = tmp_path / "ladder"
+        sizes.main(arguments(sizes.add_arguments, "--ladder", there, "--out", tmp_path / "sizes"))
+        return json.loads((tmp_path / "sizes" / "table.json").read_text())["rows"]
+
+    return run
+
+
+@pytest.mark.slow
+def test_runs_at_equal_time_are_shorter_where_a_step_costs_more(compare, tmp_path):
+    flags = ["--ladders", "width", "--rates", 1e-2, 3e-2, "--out", tmp_path / "ladder"]
+    ladder.main(arguments(ladder.add_arguments, *flags, "--optimizers", *OPTIMIZERS))
+    nadamw, centered = compare()
+    assert (nadamw["steps_in_time"], centered["steps_in_time"]) == (6, 2)
+    assert nadamw["to_nadamw"] == nadamw["in_time_to_nadamw"] == 1
+    assert nadamw["loss_in_time"] == pytest.approx(nadamw["loss"])  # the same run
+    assert centered["loss_in_time"] > centered["loss"]
+    assert centered["to_nadamw"] == centered["loss"] / nadamw["loss"]
+    assert nadamw["parameters"] == 64 * 8 + 8 + 8 * 10 + 10
+    assert (tmp_path / "sizes" / "sizes.png").stat().st_size > 0
+
+
+def test_a_rung_without_a_run_is_named(compare):
+    with pytest.raises(ValueError, match=r"ladder: got no run of nadamw at width 8"):
+        compare()

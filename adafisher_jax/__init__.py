@@ -1,16 +1,12 @@
 """AdaFisher for JAX: curvature-aware training as an optax transformation."""
 
 from adafisher_jax import diagnostics, nnx, statistics
+from adafisher_jax.alias import adafisher, adafisherw
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered
 from adafisher_jax.linen import trace_layout, value_and_grad
 from adafisher_jax.micro_batches import accumulate, add_micro_batch
-from adafisher_jax.optimizer import (
-    ScaleByAdaFisherState,
-    adafisher,
-    adafisherw,
-    scale_by_adafisher,
-)
+from adafisher_jax.optimizer import ScaleByAdaFisherState, scale_by_adafisher
 from adafisher_jax.tap import tap
 from adafisher_jax.train_state import TrainState
 from adafisher_jax.with_probes import (

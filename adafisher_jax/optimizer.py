@@ -1,9 +1,7 @@
-"""AdaFisher as optax transformations."""
+"""AdaFisher's preconditioning as an optax transformation."""
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +9,26 @@ import numpy as np
 import optax
 
 from adafisher_jax import execution_order
-from adafisher_jax.alike import Group, groups, stack
+from adafisher_jax.alike import Group, groups
 from adafisher_jax.factors import Factor
 from adafisher_jax.layout import (
-    Layer,
     Layout,
     by_path,
     check_factors,
     check_floating,
     check_state,
 )
+from adafisher_jax.required import all_said
 from adafisher_jax.rules import (
     Curvature,
     Outcome,
     Pair,
     Rule,
     Scale,
-    Vectors,
     check_fraction,
-    is_number,
     make_rule,
 )
-
-P = ParamSpec("P")
+from adafisher_jax.step import step_alone, step_group
 
 
 class ScaleByAdaFisherState(NamedTuple):
@@ -73,30 +68,7 @@ class ScaleByAdaFisherState(NamedTuple):
         return Curvature(self.factors[path], self.slots[path], self.ranges.get(path))
 
 
-def _all_said(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
-    """Returns a decorator whose TypeError for a missing argument shows a complete `call`."""
-
-    def decorate(make: Callable[P, Any]) -> Callable[P, Any]:
-        signature = inspect.signature(make)
-
-        @functools.wraps(make)
-        def made(*args: P.args, **kwargs: P.kwargs) -> Any:
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(
-                    f"{make.__name__}: {error}. Write {call}, where layout is "
-                    "adafisher_jax.trace_layout(loss_fn, params, ...) or, for no layers, None, "
-                    'and rule is "centered" (recommended), "paper" or "official"'
-                ) from None
-            return make(*args, **kwargs)
-
-        return made
-
-    return decorate
-
-
-@_all_said('scale_by_adafisher(layout, rule="centered")')
+@all_said('scale_by_adafisher(layout, rule="centered")')
 def scale_by_adafisher(
     layout: Layout | None,
     *,
@@ -231,7 +203,7 @@ def scale_by_adafisher(
         scales = dict(state.scales)
         for group in own:
             pair = Pair(*group.paths(grads))
-            curvatures[group.name], outcome, *found = _step_group(
+            curvatures[group.name], outcome, *found = step_group(
                 group.stacked,
                 chosen,
                 b1,
@@ -250,7 +222,7 @@ def scale_by_adafisher(
                     # In turn, groups need the memory of two or three; at once, that of all.
                     correction = execution_order.after(correction, [scale.square])
         for path in grads.keys() - mu.keys():
-            mu[path], steps[path], scale = _step_alone(
+            mu[path], steps[path], scale = step_alone(
                 chosen, b1, correction, before[path], grads[path], scales.get(path)
             )
             if scale is not None:
@@ -286,201 +258,3 @@ def _stored(curvatures: Mapping[str, Curvature]) -> dict[str, Any]:
             if curvature.ranges is not None
         },
     }
-
-
-# Jitted, so that groups of equal layers, and equal parameters, are traced and lowered once.
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _step_group(
-    layer: Layer,
-    rule: Rule,
-    b1: Any,
-    correction: jax.Array,
-    curvature: Curvature,
-    fresh: tuple[Factor, ...] | None,
-    mu: Pair,
-    grads: Pair,
-    scales: Pair,
-) -> tuple[Curvature, Outcome, Pair, Pair, Pair]:
-    """Returns the averages of a group, their `Outcome`, and momenta, steps and scales."""
-    outcome = Outcome(*(jnp.zeros(layer.shape[0], bool) for _ in range(2)))
-    if fresh is not None:
-        curvature, outcome = rule.refresh(layer, curvature, stack(fresh))
-    new = _typed_like(mu, _averages(b1, mu, grads))
-    momentum = _momentum(rule, b1, correction, mu, grads)
-    # Computed again for stacked vectors: otherwise XLA would store each momentum separately.
-    together = (_vectors(layer, pair) for pair in (mu, grads))
-    vectors = Vectors(_momentum(rule, b1, correction, *together), _vectors(layer, grads))
-    steps, scales = rule.direction(layer, curvature, momentum, vectors, scales)
-    return curvature, outcome, new, _steps_like(grads, steps), scales
-
-
-def _vectors(layer: Layer, pair: Pair) -> Pair:
-    """Returns the biases, or all parameters of normalization layers, stacked."""
-    weights, biases = pair
-    kept = Pair(weights if layer.kind == "norm" else None, biases)
-    return Pair(*(values and stack(values) for values in kept))
-
-
-@jax.jit
-def _step_alone(
-    rule: Rule, b1: Any, correction: jax.Array, mu: jax.Array, grad: jax.Array, scale: Any
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Returns the momentum, step and scale of a parameter outside of all layers."""
-    new = _typed_like(mu, _averages(b1, mu, grad))
-    step, scale = rule.fallback(_momentum(rule, b1, correction, mu, grad), grad, scale)
-    return new, _steps_like(grad, step), scale
-
-
-def _typed_like(wanted: Any, values: Any) -> Any:
-    return jax.tree.map(lambda like, value: value.astype(like.dtype), wanted, values)
-
-
-def _steps_like(grads: Any, steps: Any) -> Any:
-    """Returns steps in the gradients' types, and 0 where they are not finite in these."""
-    typed = _typed_like(grads, steps)
-    return jax.tree.map(lambda step: jnp.where(jnp.isfinite(step), step, 0), typed)
-
-
-def _momentum(rule: Rule, b1: Any, correction: jax.Array, mu: Any, grads: Any) -> Any:
-    """The bias-corrected momentum, one step ahead if the rule asks for it."""
-    used = _averages(b1, mu, grads)
-    if rule.nesterov:
-        used = _averages(b1, used, grads)
-    return jax.tree.map(lambda m: m * correction.astype(m.dtype), used)
-
-
-def _averages(b1: Any, mu: Any, grads: Any) -> Any:
-    return jax.tree.map(functools.partial(_average, b1), mu, grads)
-
-
-def _average(b1: Any, mu: jax.Array, grad: jax.Array) -> jax.Array:
-    """Returns the momentum after `grad`, in at least float32; unchanged if `mu` cannot store it."""
-    most = jnp.finfo(mu.dtype).max
-    dtype = jnp.promote_types(jnp.promote_types(mu.dtype, grad.dtype), jnp.float32)
-    mu, grad = mu.astype(dtype), grad.astype(dtype)
-    new = b1 * mu + (1 - b1) * grad
-    return jnp.where(jnp.abs(new) <= most.astype(jnp.finfo(dtype).dtype), new, mu)
-
-
-@_all_said('adafisher(3e-2, layout, rule="centered")')
-def adafisher(
-    learning_rate: optax.ScalarOrSchedule,
-    layout: Layout | None,
-    *,
-    rule: str | Rule,
-    b1: Any = 0.9,
-    curvature_ema: Any = None,
-    damping: Any = None,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    mu_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""AdaFisher with coupled weight decay (Algorithm 1, arXiv:2405.16397).
-
-    .. math:: \theta_t = \theta_{t-1} - \alpha\, d_t, \qquad g_t = \nabla L(\theta) + \kappa \theta
-
-    `d` is the result of `scale_by_adafisher`, which documents the other arguments and errors.
-
-    `learning_rate` is α, a number or a schedule. Begin with 3e-2 for `"centered"`; the paper has
-    1e-3. `weight_decay` is κ, which is added to the gradient. `mask` says which parameters decay,
-    as in `optax.add_decayed_weights`. A rate or a decay that is neither a number nor a schedule is
-    a TypeError.
-
-    Example:
-      >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp, optax
-      >>> model, x, y = nn.Dense(1), jnp.ones((8, 3)), jnp.ones((8, 1))
-      >>> params = model.init(jax.random.key(0), x)
-      >>> loss_fn = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2)
-      >>> layout = af.trace_layout(loss_fn, params, x, y)
-      >>> tx = af.adafisher(3e-2, layout, rule="centered")
-      >>> grad_fn = af.value_and_grad(loss_fn, layout)
-      >>> loss, grads, factors = grad_fn(params, x, y)
-      >>> updates, state = tx.update(grads, tx.init(params), params, factors=factors)
-      >>> params = optax.apply_updates(params, updates)
-    """
-    return _chain(
-        _decay(weight_decay, mask),
-        scale_by_adafisher(
-            layout,
-            rule=rule,
-            b1=b1,
-            curvature_ema=curvature_ema,
-            damping=damping,
-            mu_dtype=mu_dtype,
-        ),
-        _scale(learning_rate),
-    )
-
-
-@_all_said('adafisherw(3e-2, layout, rule="centered")')
-def adafisherw(
-    learning_rate: optax.ScalarOrSchedule,
-    layout: Layout | None,
-    *,
-    rule: str | Rule,
-    b1: Any = 0.9,
-    curvature_ema: Any = None,
-    damping: Any = None,
-    weight_decay: Any = 1e-2,
-    mask: Any = None,
-    mu_dtype: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""AdaFisherW: `adafisher` with decoupled weight decay.
-
-    .. math:: \theta_t = \theta_{t-1} - \alpha\,(d_t + \kappa \theta_{t-1})
-
-    Arguments and errors are those of `adafisher`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tx = adafisherw(0.1, None, rule="centered", weight_decay=0.5)
-      >>> params = jnp.array([2.0])
-      >>> updates, _ = tx.update(jnp.array([0.0]), tx.init(params), params)
-      >>> updates.tolist() == [-jnp.float32(0.1)]
-      True
-    """
-    return _chain(
-        scale_by_adafisher(
-            layout,
-            rule=rule,
-            b1=b1,
-            curvature_ema=curvature_ema,
-            damping=damping,
-            mu_dtype=mu_dtype,
-        ),
-        _decay(weight_decay, mask),
-        _scale(learning_rate),
-    )
-
-
-def _chain(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns a chain whose updates have the gradients' types, and are 0 where not finite."""
-    chain = optax.chain(*links)
-
-    def update(
-        grads: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        updates, state = chain.update(grads, state, params, **extra_args)
-        return _steps_like(grads, updates), state
-
-    return optax.GradientTransformationExtraArgs(chain.init, update)
-
-
-def _scale(learning_rate: Any) -> optax.GradientTransformation:
-    _check_rate("learning_rate", learning_rate)
-    return optax.scale_by_learning_rate(learning_rate)
-
-
-def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """Returns weight decay; the identity, which needs no `params`, for the number zero."""
-    _check_rate("weight_decay", weight_decay)
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.identity()
-    return optax.add_decayed_weights(weight_decay, mask)
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if not (callable(value) or is_number(value)):
-        raise TypeError(f"{name}: got {value!r:.60}, wanted a number or a schedule, as 3e-2")

@@ -219,7 +219,7 @@ def test_groups_of_the_same_layers_are_traced_once(monkeypatch):
     tx = af.scale_by_adafisher(layout.only(f"Dense_{i}" for i in range(5)), rule="centered")
     zeros = no_factors(layout)
     lowered = jax.jit(lambda g, s: tx.update(g, s, factors=zeros)).lower(params, tx.init(params))
-    assert lowered.as_text().count("func.func private @_step_group") == 1
+    assert lowered.as_text().count("func.func private @step_group") == 1
 
 
 @pytest.mark.parametrize("rule", RULES)

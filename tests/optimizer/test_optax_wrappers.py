@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
-from adafisher_jax import optimizer
+from adafisher_jax.step import step_alone
 from tests.optimizer.test_wrappers import LAYOUT, PARAMS, A, B, close, data, inside, run, updates_of
 from tests.support.every_rule import every_rule
 from tests.support.hand_made import layout_of, quick_jit
@@ -334,7 +334,7 @@ def test_eager_steps_with_injected_hyperparameters_compile_once(rule):
     state = tx.init(params)
     for _ in range(2):
         _, state = tx.update(params, state, params)
-    compiled = optimizer._step_alone._cache_size()
+    compiled = step_alone._cache_size()
     for _ in range(2):
         _, state = tx.update(params, state, params)
-    assert optimizer._step_alone._cache_size() == compiled
+    assert step_alone._cache_size() == compiled

@@ -20,7 +20,7 @@ from benchmarks.study.results import Results
 
 OUT = pathlib.Path(__file__).with_name("results") / "sizes"
 LADDER, BESIDE = "width", "nadamw"
-OPTIMIZERS = [BESIDE, "muon", "soap", ladder.OURS]
+OPTIMIZERS = [ladder.OURS, "muon", "soap", BESIDE]
 COLUMNS = "name parameters cost loss to_nadamw steps_in_time loss_in_time in_time_to_nadamw".split()
 
 
@@ -85,7 +85,7 @@ def _rung(rung, problem, rows, results, arguments):
                 "loss_in_time": results[one]["train_loss"],
             }
         )
-    beside = found[0]
+    (beside,) = (row for row in found if row["optimizer"] == BESIDE)
     for row in found:
         row["to_nadamw"] = row["loss"] / beside["loss"]
         row["in_time_to_nadamw"] = row["loss_in_time"] / beside["loss_in_time"]

@@ -12,7 +12,7 @@ from benchmarks.study.ladders import LADDERS, RUNGS
 from benchmarks.study.models import MLP
 from benchmarks.study.problems import PROBLEMS
 
-OPTIMIZERS = ["nadamw", ladder.OURS]
+OPTIMIZERS = [ladder.OURS, "nadamw"]
 COSTS = {"nadamw": 1.0, ladder.OURS: 3.0}
 
 
@@ -42,7 +42,7 @@ def compare(monkeypatch, tmp_path):
 def test_runs_at_equal_time_are_shorter_where_a_step_costs_more(compare, tmp_path):
     flags = ["--ladders", "width", "--rates", 1e-2, 3e-2, "--out", tmp_path / "ladder"]
     ladder.main(arguments(ladder.add_arguments, *flags, "--optimizers", *OPTIMIZERS))
-    nadamw, centered = compare()
+    centered, nadamw = compare()
     assert (nadamw["steps_in_time"], centered["steps_in_time"]) == (6, 2)
     assert nadamw["to_nadamw"] == nadamw["in_time_to_nadamw"] == 1
     assert nadamw["loss_in_time"] == pytest.approx(nadamw["loss"])  # the same run
@@ -53,5 +53,5 @@ def test_runs_at_equal_time_are_shorter_where_a_step_costs_more(compare, tmp_pat
 
 
 def test_a_rung_without_a_run_is_named(compare):
-    with pytest.raises(ValueError, match=r"ladder: got no run of nadamw at width 8"):
+    with pytest.raises(ValueError, match=r"ladder: got no run of adafisher:centered at width 8"):
         compare()

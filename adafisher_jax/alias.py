@@ -6,12 +6,12 @@ import optax
 
 from adafisher_jax.layout import Layout
 from adafisher_jax.optimizer import scale_by_adafisher
-from adafisher_jax.required import all_said
+from adafisher_jax.required import shows_call
 from adafisher_jax.rules import Rule, is_number
 from adafisher_jax.step import steps_like
 
 
-@all_said('adafisher(3e-2, layout, rule="centered")')
+@shows_call('adafisher(3e-2, layout, rule="centered")')
 def adafisher(
     learning_rate: optax.ScalarOrSchedule,
     layout: Layout | None,
@@ -61,7 +61,7 @@ def adafisher(
     )
 
 
-@all_said('adafisherw(3e-2, layout, rule="centered")')
+@shows_call('adafisherw(3e-2, layout, rule="centered")')
 def adafisherw(
     learning_rate: optax.ScalarOrSchedule,
     layout: Layout | None,

@@ -18,7 +18,7 @@ from adafisher_jax.layout import (
     check_floating,
     check_state,
 )
-from adafisher_jax.required import all_said
+from adafisher_jax.required import shows_call
 from adafisher_jax.rules import (
     Curvature,
     Outcome,
@@ -68,7 +68,7 @@ class ScaleByAdaFisherState(NamedTuple):
         return Curvature(self.factors[path], self.slots[path], self.ranges.get(path))
 
 
-@all_said('scale_by_adafisher(layout, rule="centered")')
+@shows_call('scale_by_adafisher(layout, rule="centered")')
 def scale_by_adafisher(
     layout: Layout | None,
     *,

@@ -1,4 +1,4 @@
-"""Errors for calls that leave out what has no default."""
+"""Errors for calls that leave out what has no default, or say what there is not."""
 
 import functools
 import inspect
@@ -8,8 +8,8 @@ from typing import Any, ParamSpec
 P = ParamSpec("P")
 
 
-def all_said(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
-    """Returns a decorator whose TypeError for a missing argument shows a complete `call`."""
+def shows_call(call: str) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
+    """Returns a decorator whose TypeError for arguments that do not fit shows a complete `call`."""
 
     def decorate(make: Callable[P, Any]) -> Callable[P, Any]:
         signature = inspect.signature(make)

@@ -18,6 +18,7 @@ OUT = pathlib.Path(__file__).with_name("results") / "ladder"
 RECOMMENDED = 3e-2
 OURS = "adafisher:centered"
 DEFAULT = ["adamw:0.99", "muon", OURS]
+DRAWN = [OURS, "muon", "soap", "nadamw", "adamw:0.99", "adafisher:paper"]  # as far as run
 COLUMNS = "name best_rate best_loss at_recommended lost held_out_loss seeds".split()
 
 
@@ -116,7 +117,7 @@ def _finite(value):
 
 def plot(figure, found):
     """The best rate, and the loss there and at the recommended rate, against each ladder's size."""
-    ladders, optimizers = (list(dict.fromkeys(row[key] for row in found)) for key in KEYS)
+    ladders = list(dict.fromkeys(row["ladder"] for row in found))
     figure.set_size_inches(2.8 * len(ladders) + 0.6, 5.2)
     rates, losses = figure.subplots(2, len(ladders), squeeze=False)
     rates[0].set_ylabel("best learning rate")
@@ -129,8 +130,10 @@ def plot(figure, found):
             axes.set_xscale("log", base=2)
             axes.set_xticks(sizes, sizes)
             axes.tick_params(which="both", labelsize=7)
-        for name, colour in zip(optimizers, COLOURS, strict=False):
+        for name, colour in zip(DRAWN, COLOURS, strict=True):
             mine = [row for row in found if (row["ladder"], row["optimizer"]) == (what, name)]
+            if not mine:
+                continue
             line = functools.partial(_line, mine, color=colour, ms=3, lw=1.2)
             line(above, "best_rate", "o-", label=name)
             line(below, "best_loss", "o-")
@@ -140,9 +143,6 @@ def plot(figure, found):
     for axes in figure.axes:
         shown |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown, loc="outside upper center", ncols=4, fontsize=7)
-
-
-KEYS = "ladder", "optimizer"
 
 
 def _line(found, axes, key, style, **options):

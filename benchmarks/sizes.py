@@ -1,12 +1,14 @@
 """`python -m benchmarks sizes`: whether a gain lasts as a model grows, at equal steps and time.
 
 The model is that of the ladder "width". Each optimizer has the rate that was best for it on each
-rung, as stored by `python -m benchmarks ladder`. At equal time a run has as many steps as fit into
-the time of AdamW's run at equal steps.
+rung, as stored by `python -m benchmarks ladder`. At equal time a run has as many steps as take
+as long as AdamW's run at equal steps. Its rate is the same.
 """
 
 import argparse
 import functools
+import itertools
+import math
 import pathlib
 
 import jax
@@ -34,21 +36,22 @@ def add_arguments(parser):
 def main(arguments: argparse.Namespace) -> None:
     """
     Raises:
-      ValueError: if the ladder has no run of an optimizer on a rung.
+      ValueError: if the ladder does not tell an optimizer's best rate on a rung.
     """
     results = Results(arguments.out / "runs.jsonl")
     at_equal_steps = {
         (row["size"], row["optimizer"]): row
         for row in ladder.rows(Results(arguments.ladder / "runs.jsonl"))
-        if row["ladder"] == LADDER
+        if row["ladder"] == LADDER and row["best_rate"] and row["best_loss"]
     }
-    found = []
-    for size, problem in tqdm(LADDERS[LADDER].items(), unit="size"):
-        if missing := [name for name in OPTIMIZERS if (size, name) not in at_equal_steps]:
+    for size, name in itertools.product(LADDERS[LADDER], OPTIMIZERS):
+        if (size, name) not in at_equal_steps:
             raise ValueError(
-                f"{arguments.ladder}: got no run of {missing[0]} at width {size}. Run python -m "
+                f"{arguments.ladder}: got no best rate of {name} at width {size}. Run python -m "
                 f"benchmarks ladder --ladders {LADDER} --optimizers {' '.join(OPTIMIZERS)}"
             )
+    found = []
+    for size, problem in tqdm(LADDERS[LADDER].items(), unit="size"):
         rows = [at_equal_steps[size, name] for name in OPTIMIZERS]
         found += _rung(f"{LADDER} {size}", problem, rows, results, arguments)
     under = report.circumstances([], quick=False)
@@ -60,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
 def _rung(rung, problem, rows, results, arguments):
     """The optimizers' rows for one size."""
     begin = functools.partial(trial.Trial, rung, seed=0, batch=problem.batch)
-    names = {cost.BASELINE, *OPTIMIZERS}
+    names = [cost.BASELINE, *OPTIMIZERS]
     timed = {name: begin(optimizer=name, rate=0.0, steps=problem.steps) for name in names}
     costs = cost.ratios(timed, arguments.data, arguments.out / "costs.json")
     parameters = _parameters(rung, problem, arguments.data)
@@ -74,21 +77,22 @@ def _rung(rung, problem, rows, results, arguments):
         found.append(
             {
                 "name": row["name"],
-                "size": row["size"],
+                "width": row["size"],
                 "optimizer": name,
                 "parameters": parameters,
                 "rate": row["best_rate"],
-                "seeds": row["seeds"],
+                "seeds_at_equal_steps": row["seeds"],
                 "cost": costs[name],
                 "loss": row["best_loss"],
                 "steps_in_time": steps,
-                "loss_in_time": results[one]["train_loss"],
+                "loss_in_time": results[one].get("train_loss"),  # none if it diverged
             }
         )
     (beside,) = (row for row in found if row["optimizer"] == BESIDE)
     for row in found:
         row["to_nadamw"] = row["loss"] / beside["loss"]
-        row["in_time_to_nadamw"] = row["loss_in_time"] / beside["loss_in_time"]
+        in_time = row["loss_in_time"]
+        row["in_time_to_nadamw"] = in_time and in_time / beside["loss_in_time"]
     return found
 
 
@@ -109,6 +113,6 @@ def plot(figure, found):
         panel.set(title=title, xscale="log", xlabel="parameters")
         for name, colour in zip(OPTIMIZERS, COLOURS, strict=False):
             mine = [row for row in found if row["optimizer"] == name]
-            xs, ys = ([row[of] for row in mine] for of in ("parameters", key))
+            xs, ys = ([row[of] or math.nan for row in mine] for of in ("parameters", key))
             panel.plot(xs, ys, "o-", color=colour, ms=3, lw=1.2, label=name)
     axes[0].legend(fontsize=7)

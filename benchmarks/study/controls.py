@@ -4,8 +4,7 @@
 without the cut of the leading singular values (`no-cut`). Any rule: with factors that are constant,
 or each shuffled within itself (`…-constant`, `…-shuffled`), as a placebo. `nadamw-cut`: NAdam's
 steps through the rule with constant factors, of which its cut and the size of its steps are left;
-`nadamw-centered`: NAdam in the coordinates of the rule. `soap`: another optimizer, beside which
-sizes are compared (`benchmarks/targets/matrices.py`). `centered-…=…`, `centered-clipped` and so
+`nadamw-centered`: NAdam in the coordinates of the rule. `centered-…=…`, `centered-clipped` and so
 on: the rule in other ways (`benchmarks/study/variants.py`).
 """
 
@@ -16,9 +15,9 @@ import numpy as np
 import optax
 
 import adafisher_jax as af
+from benchmarks import matrices
 from benchmarks.study import variants
 from benchmarks.study.coordinates import of_centered_inputs
-from benchmarks.targets import matrices
 from examples.training import optimizers
 from examples.training.steps import of_factors, of_gradients, of_transformation
 
@@ -94,19 +93,11 @@ EDITS = {
     "official-constant": ("official", constant),
     "official-shuffled": ("official", shuffled),
 }
-
-
-def soap(task, rate, weight_decay):
-    tx = matrices.soap(task.layout.layers, rate, weight_decay)
-    return of_transformation(tx, of_gradients(task))
-
-
 NADAM = optax.scale_by_adam(b2=0.99, nesterov=True)
 NAMES = {
     "centered-no-cut": functools.partial(variants.cut, directions=0),
     "nadamw-cut": functools.partial(edited, rule="centered", edit=constant, before=NADAM, b1=0.0),
     "nadamw-centered": centered_nadamw,
-    "soap": soap,
     **{
         name: functools.partial(edited, rule=rule, edit=edit)
         for name, (rule, edit) in EDITS.items()
@@ -115,8 +106,16 @@ NAMES = {
 }
 
 
+def soap(task, rate, weight_decay):
+    tx = matrices.soap(task.layout.layers, rate, weight_decay)
+    return of_transformation(tx, of_gradients(task))
+
+
+ALL = NAMES | {"soap": soap}  # which is no control: sizes are compared beside it
+
+
 def make(name, rate, task, weight_decay=0.0, **options):
     """The control of that name, or else the optimizer."""
-    if name in NAMES:
-        return NAMES[name](task, rate, weight_decay, **options)
+    if name in ALL:
+        return ALL[name](task, rate, weight_decay, **options)
     return optimizers.make(name, rate, task, weight_decay, **options)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from benchmarks import matrices
 from benchmarks.study import controls
-from benchmarks.targets import matrices
 from examples.training import optimizers
 from examples.training.steps import Optimizer, of_gradients, of_transformation
 from examples.training.task import Task

@@ -53,5 +53,5 @@ def test_runs_at_equal_time_are_shorter_where_a_step_costs_more(compare, tmp_pat
 
 
 def test_a_rung_without_a_run_is_named(compare):
-    with pytest.raises(ValueError, match=r"ladder: got no run of adafisher:centered at width 8"):
+    with pytest.raises(ValueError, match="got no best rate of adafisher:centered at width 8"):
         compare()

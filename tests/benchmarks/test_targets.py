@@ -14,8 +14,9 @@ import pytest
 from flax import linen as nn
 
 import adafisher_jax as af
+from benchmarks import matrices
 from benchmarks.study.trial import Trial
-from benchmarks.targets import command, matrices, reach, rivals, run, search, tables, tasks
+from benchmarks.targets import command, reach, rivals, run, search, tables, tasks
 from benchmarks.targets.search import Effort
 
 NOWHERE = pathlib.Path("nowhere")  # these tasks read no files

@@ -42,7 +42,7 @@ def on_matrices(layers: Sequence[Layer], inner: Any, others: Any) -> Any:
 def soap(layers: Sequence[Layer], rate: Any, decay: Any, b1: Any = 0.95, b2: Any = 0.95) -> Any:
     """SOAP for the weights of dense layers, convolutions and embeddings, AdamW for the rest.
 
-    The decays are those of the paper.
+    `b1` and `b2` are the paper's if nothing else is said.
     """
     weights = optax.chain(
         scale_by_soap(b1, b2),
@@ -54,7 +54,7 @@ def soap(layers: Sequence[Layer], rate: Any, decay: Any, b1: Any = 0.95, b2: Any
 
 
 def of_kinds(layers: Sequence[Layer], *kinds: str) -> list[Layer]:
-    """Those with a weight."""
+    """The layers of these kinds that have a weight."""
     return [one for one in layers if one.weight and one.kind in kinds]
 
 

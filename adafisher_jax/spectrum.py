@@ -17,9 +17,10 @@ from adafisher_jax.alike import stack
 from adafisher_jax.layout import Layer
 from adafisher_jax.meshes import everywhere
 
-DIRECTIONS = 16
+FEWEST, MOST = 16, 32  # directions of a matrix, unless half of its shorter side is less
 STORED = jnp.bfloat16  # the stored directions only begin the next iteration
 LEAST = 1e-4  # no singular value is cut below this share of the mean square of all
+SOLVED = 16  # rows of the largest triangular matrices that are not inverted in halves
 INERTIA = 1e-4  # keeps directions without any step from following rounding errors
 
 Steps = Sequence[jax.Array]
@@ -62,7 +63,7 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
     r"""The first directions: rows along the shorter side, `n`, of each matrix.
 
     The rows are cosines, :math:`u_{ij} \propto \cos(\pi (j + 1/2)(i + 1)/n)`. There are
-    `DIRECTIONS` of them, or half of `n` if that is less.
+    :math:`n/8` of them, but 16 at least and 32 at most, and never more than :math:`n/2`.
 
     Args:
       matrices: the number of matrices, and of their rows and columns.
@@ -72,12 +73,17 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
     """
     count, *sides = matrices
     n = min(sides)
-    vectors = min(DIRECTIONS, n // 2)
+    vectors = directions(n)
     if not vectors:
         return None
     angles = np.pi * (np.arange(n) + 0.5) * (np.arange(vectors)[:, None] + 1) / n
     rows = jnp.asarray((2 / n) ** 0.5 * np.cos(angles), STORED)
     return jnp.broadcast_to(rows, (count, vectors, n))
+
+
+def directions(n: int) -> int:
+    """How many directions of a matrix with a shorter side of `n` are followed."""
+    return min(max(FEWEST, n // 8), MOST, n // 2)
 
 
 def leading_excess(
@@ -244,11 +250,28 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
     one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)
     squares = jnp.sum(gram * one, 2)
     unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
-    less = 1 - DIRECTIONS * jnp.finfo(gram.dtype).eps
+    less = 1 - gram.shape[1] * jnp.finfo(gram.dtype).eps
     cosines = jnp.where(one > 0, one, less * gram * unit[:, :, None] * unit[:, None])
     lower = jax.lax.linalg.cholesky(cosines, symmetrize_input=False)
-    inverse = jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
-    return _product("bkl,blj->bkj", inverse * unit[:, None], vectors)
+    return _product("bkl,blj->bkj", _inverse(lower) * unit[:, None], vectors)
+
+
+def _inverse(lower: jax.Array) -> jax.Array:
+    """The inverses of lower triangular matrices, from those of their halves.
+
+    For more than `SOLVED` rows a CPU's library starts threads of its own. They take the cores from
+    the other operations, and the whole update takes twice as long.
+    """
+    k = lower.shape[1]
+    if k <= SOLVED:
+        one = jnp.broadcast_to(jnp.eye(k, dtype=lower.dtype), lower.shape)
+        return jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
+    half = k // 2
+    first, last = (_inverse(lower[:, part, part]) for part in (slice(half), slice(half, k)))
+    between = _product("bij,bjk->bik", last, -lower[:, half:, :half])
+    between = _product("bij,bjk->bik", between, first)
+    above = jnp.concatenate([first, jnp.zeros_like(between).mT], 2)
+    return jnp.concatenate([above, jnp.concatenate([between, last], 2)], 1)
 
 
 def _product(equation: str, *operands: jax.Array) -> jax.Array:

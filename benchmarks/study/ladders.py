@@ -43,7 +43,7 @@ def conv_net(channels=32, kernel=3):
 # What grows: of which size, the problem.
 LADDERS = {
     "width": {n: of_characters(width=n) for n in (32, 64, 128, 256, 512)},
-    "depth": {n: of_characters(n) for n in (2, 4, 8, 16)},
+    "depth": {n: of_characters(n) for n in (2, 4, 8, 16, 24)},
     "length": {n: of_characters(length=n) for n in (16, 64, 256)},
     "mlp": {n: mlp(n) for n in (64, 128, 256, 512, 1024, 2048)},
     "batch": {n: mlp(256, n) for n in (16, 64, 256, 1024)},

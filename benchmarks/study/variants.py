@@ -39,7 +39,7 @@ def scheduled(task, rate, weight_decay, warm_up):
 
 def cut(task, rate, weight_decay, directions):
     """Another number of directions; where none are kept nothing is cut."""
-    patched = mock.patch.object(spectrum, "DIRECTIONS", directions)
+    patched = mock.patch.object(spectrum, "directions", lambda n: min(directions, n // 2))
     return Optimizer(*map(patched, set_to(task, rate, weight_decay)))
 
 
@@ -157,7 +157,7 @@ SETTINGS = {
     "b1": (set_to, (0.8, 0.95)),
     "nesterov": (changed, (False,)),
     "b2": (changed, (0.0, 0.999)),
-    "directions": (cut, (4, 8, 32)),
+    "directions": (cut, (4, 8, 16, 32, 64)),
     "exponent": (raised, (0.25, 1.0)),
     "without": (outside, ("embedding", "norm", "head")),
     "warm_up": (scheduled, (0.0, 0.2)),

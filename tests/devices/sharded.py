@@ -257,7 +257,7 @@ def test_a_model_for_automatic_axes_gets_its_factors_on_explicit_ones(plan, x64)
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_an_update_gathers_no_weight(kind):
-    """Devices exchange vectors, of which directions have sixteen for each weight."""
+    """Devices exchange vectors, of which directions have 32 at most for each weight."""
     weights = {
         make_layer("a", "dense", (512, 256), "in0 out0", "out0"): P("data", "model"),
         make_layer("b", "dense", (512, 256), "in0 out0", "out0"): P("data", "model"),

@@ -63,7 +63,7 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
     r"""The first directions: rows along the shorter side, `n`, of each matrix.
 
     The rows are cosines, :math:`u_{ij} \propto \cos(\pi (j + 1/2)(i + 1)/n)`. There are
-    :math:`n/8` of them, but 16 at least and 32 at most, and never more than :math:`n/2`.
+    :math:`n/8` of them (an even number), but 16 at least, 32 at most, and :math:`n/2` at most.
 
     Args:
       matrices: the number of matrices, and of their rows and columns.
@@ -83,7 +83,7 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
 
 def directions(n: int) -> int:
     """How many directions of a matrix with a shorter side of `n` are followed."""
-    return min(max(FEWEST, n // 8), MOST, n // 2)
+    return min(max(FEWEST, n // 16 * 2), MOST, n // 2)
 
 
 def leading_excess(
@@ -257,7 +257,7 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
 
 
 def _inverse(lower: jax.Array) -> jax.Array:
-    """The inverses of lower triangular matrices, from those of their halves.
+    """The inverses of lower triangular matrices, from those of their halves, which are as large.
 
     For more than `SOLVED` rows a CPU's library starts threads of its own. They take the cores from
     the other operations, and the whole update takes twice as long.
@@ -267,7 +267,8 @@ def _inverse(lower: jax.Array) -> jax.Array:
         one = jnp.broadcast_to(jnp.eye(k, dtype=lower.dtype), lower.shape)
         return jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
     half = k // 2
-    first, last = (_inverse(lower[:, part, part]) for part in (slice(half), slice(half, k)))
+    halves = jnp.concatenate([lower[:, :half, :half], lower[:, half:, half:]])
+    first, last = jnp.split(_inverse(halves), 2)
     between = _product("bij,bjk->bik", last, -lower[:, half:, :half])
     between = _product("bij,bjk->bik", between, first)
     above = jnp.concatenate([first, jnp.zeros_like(between).mT], 2)

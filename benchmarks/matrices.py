@@ -10,6 +10,7 @@ import optax
 from adafisher_jax.layout import Layer, by_path
 
 EPSILON = 1e-8
+EVERY = 10  # steps, between two renewals of SOAP's bases
 
 
 def on_matrices(layers: Sequence[Layer], inner: Any, others: Any) -> Any:
@@ -100,7 +101,7 @@ class ScaleBySoapState(NamedTuple):
     right: Any
 
 
-def scale_by_soap(b1: Any, b2: Any, every: int = 10) -> optax.GradientTransformation:
+def scale_by_soap(b1: Any, b2: Any, every: int = EVERY) -> optax.GradientTransformation:
     r"""Adam in the eigenbasis of Shampoo's factors (Vyas et al., arXiv:2409.11321).
 
     With :math:`G' = Q_L^T G Q_R` and bias corrections as in Adam,

@@ -6,14 +6,16 @@ import pathlib
 import jax
 import numpy as np
 
+from benchmarks import matrices
 from benchmarks.measure import Contender, interleaved
 from benchmarks.study.trial import Trial, begin
 
 BASELINE, ROUNDS = "adamw", 10
+CYCLES = {"soap": matrices.EVERY}  # after how many steps their cost repeats, where not after one
 
 
 def ratios(trials: dict[str, Trial], folder: pathlib.Path, path: pathlib.Path) -> dict[str, float]:
-    """For each optimizer's trial the time of a step over AdamW's, measured in turn.
+    """For each optimizer's trial the time of a step over AdamW's, in whole cycles and in turn.
 
     They are kept in a file, for a study that goes on must plan the runs that it planned before.
     """
@@ -36,4 +38,4 @@ def _contender(trial, folder):
     def again(state):
         return step(trial.rate, *state, batch, key)[:3]
 
-    return Contender(again, jax.block_until_ready(state))
+    return Contender(again, jax.block_until_ready(state), CYCLES.get(trial.optimizer, 1))

@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import ladder, sizes
-from benchmarks.study import cost
+from benchmarks.study import cost, trial
 from benchmarks.study.ladders import LADDERS, RUNGS
 from benchmarks.study.models import MLP
 from benchmarks.study.problems import PROBLEMS
@@ -55,3 +57,17 @@ def test_runs_at_equal_time_are_shorter_where_a_step_costs_more(compare, tmp_pat
 def test_a_rung_without_a_run_is_named(compare):
     with pytest.raises(ValueError, match="got no best rate of adafisher:centered at width 8"):
         compare()
+
+
+def test_what_a_step_costs_is_measured_over_whole_cycles(monkeypatch, tmp_path):
+    measured = {}
+
+    def interleaved(contenders, rounds):
+        measured.update({name: one.cycle for name, one in contenders.items()})
+        return {name: np.ones(rounds) for name in contenders}
+
+    monkeypatch.setattr(cost, "interleaved", interleaved)
+    begin = functools.partial(trial.Trial, "digits_mlp", rate=0.0, seed=0, steps=1, batch=8)
+    timed = {name: begin(optimizer=name) for name in ("adamw", "soap")}
+    assert cost.ratios(timed, tmp_path, tmp_path / "costs.json") == {"adamw": 1, "soap": 1}
+    assert measured == {"adamw": 1, "soap": 10}  # in every tenth step SOAP renews its bases

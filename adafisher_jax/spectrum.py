@@ -20,7 +20,7 @@ from adafisher_jax.meshes import everywhere
 FEWEST, MOST = 16, 32  # directions of a matrix, unless half of its shorter side is less
 STORED = jnp.bfloat16  # the stored directions only begin the next iteration
 LEAST = 1e-4  # no singular value is cut below this share of the mean square of all
-SOLVED = 16  # rows of the largest triangular matrices that are not inverted in halves
+SOLVED = 16  # rows of the largest triangular matrices that a CPU does not invert in halves
 INERTIA = 1e-4  # keeps directions without any step from following rounding errors
 
 Steps = Sequence[jax.Array]
@@ -235,7 +235,8 @@ def _outer(layer: Layer, rows: jax.Array, columns: jax.Array) -> jax.Array:
         x = x.transpose(k, *(i + (i >= k) for i in order))
         return jnp.expand_dims(x, [1 + i for i in range(len(layer.shape)) if i not in own])
 
-    return jnp.sum(spread(rows, layer.ins) * spread(columns, layer.outs), 0)
+    left, right = spread(rows, layer.ins), spread(columns, layer.outs)
+    return left[0] * right[0] + jnp.sum(left[1:] * right[1:], 0)  # a sum of 32 is a loop of its own
 
 
 def _orthonormal(vectors: jax.Array) -> jax.Array:
@@ -253,22 +254,28 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
     less = 1 - gram.shape[1] * jnp.finfo(gram.dtype).eps
     cosines = jnp.where(one > 0, one, less * gram * unit[:, :, None] * unit[:, None])
     lower = jax.lax.linalg.cholesky(cosines, symmetrize_input=False)
-    return _product("bkl,blj->bkj", _inverse(lower) * unit[:, None], vectors)
+    inverse = jax.lax.platform_dependent(lower, cpu=_inverse_of_halves, default=_inverse)
+    return _product("bkl,blj->bkj", inverse * unit[:, None], vectors)
 
 
 def _inverse(lower: jax.Array) -> jax.Array:
-    """The inverses of lower triangular matrices, from those of their halves, which are as large.
+    """The inverses of lower triangular matrices."""
+    one = jnp.broadcast_to(jnp.eye(lower.shape[1], dtype=lower.dtype), lower.shape)
+    return jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
 
-    For more than `SOLVED` rows a CPU's library starts threads of its own. They take the cores from
-    the other operations, and the whole update takes twice as long.
+
+def _inverse_of_halves(lower: jax.Array) -> jax.Array:
+    """The same from the inverses of their halves, if they have more than `SOLVED` rows.
+
+    For more rows a CPU's library starts threads of its own. They take the cores from the other
+    operations, and the whole update takes twice as long.
     """
     k = lower.shape[1]
     if k <= SOLVED:
-        one = jnp.broadcast_to(jnp.eye(k, dtype=lower.dtype), lower.shape)
-        return jax.lax.linalg.triangular_solve(lower, one, left_side=True, lower=True)
+        return _inverse(lower)
     half = k // 2
     halves = jnp.concatenate([lower[:, :half, :half], lower[:, half:, half:]])
-    first, last = jnp.split(_inverse(halves), 2)
+    first, last = jnp.split(_inverse_of_halves(halves), 2)
     between = _product("bij,bjk->bik", last, -lower[:, half:, :half])
     between = _product("bij,bjk->bik", between, first)
     above = jnp.concatenate([first, jnp.zeros_like(between).mT], 2)

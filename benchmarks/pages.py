@@ -10,9 +10,10 @@ from the root, and is one of
     <!-- lowest: FILE: DOWN ALONG QUANTITY: ONE | ANOTHER | ... -->
 
 and the second `<!-- end -->`. `measured` has a line for each row of the file; `across` a line for
-each value of DOWN and a column for each of ALONG, or for those that are named. `lowest` is `across`
-with the lowest of what competes in bold: optimizers on one problem, labels of one case. Under a
-table stands on what it was measured, as far as the page has not said so before.
+each value of DOWN and a column for each of ALONG. If columns are named, lines are those that the
+first has. `lowest` is `across` with the lowest of what competes in bold: optimizers on one problem,
+labels of one case. Under a table stands on what it was measured, as far as the page has not said so
+before.
 """
 
 import functools
@@ -57,7 +58,8 @@ def across(asked, rows, bold=False):
     quantities, _, chosen = asked.partition(": ")
     down, along, quantity = quantities.split()
     columns = chosen.split(" | ") if chosen else list(dict.fromkeys(row[along] for row in rows))
-    rows = [row for row in rows if row[along] in columns]
+    lines = {row[down] for row in rows if row[along] == columns[0] or not chosen}
+    rows = [row for row in rows if row[along] in columns and row[down] in lines]
     case = along if down in COMPETE else down
     cells = {}
     for row in rows:

@@ -29,7 +29,8 @@ ROWS = [
     [
         ("problem optimizer loss", "a_b|**0.500 ± 0.1**|2|–; c|–|**0.4**|–"),
         ("optimizer problem loss", "x:y|**0.500 ± 0.1**|–; z|2|**0.4**; w|–|–"),
-        ("problem optimizer loss: w | z", "a_b|–|**2**; c|–|**0.4**"),
+        ("problem optimizer loss: z | w", "a_b|**2**|–; c|**0.4**|–"),
+        ("problem optimizer loss: w | z", "c|–|**0.4**"),
     ],
 )
 def test_the_lowest_of_each_problem_is_in_bold(asked, expected):

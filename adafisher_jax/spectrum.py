@@ -236,7 +236,8 @@ def _outer(layer: Layer, rows: jax.Array, columns: jax.Array) -> jax.Array:
         return jnp.expand_dims(x, [1 + i for i in range(len(layer.shape)) if i not in own])
 
     left, right = spread(rows, layer.ins), spread(columns, layer.outs)
-    return left[0] * right[0] + jnp.sum(left[1:] * right[1:], 0)  # a sum of 32 is a loop of its own
+    # A sum of 32 terms would be a loop of its own, so the first term is apart.
+    return jnp.sum(left[:1] * right[:1], 0) + jnp.sum(left[1:] * right[1:], 0)
 
 
 def _orthonormal(vectors: jax.Array) -> jax.Array:

@@ -156,7 +156,7 @@ class Reading:
         if len(d) < len(d.T):
             return self.flattened(block, d.T).T
         n = len(d.T)
-        k = min(16, n // 2)
+        k = min(16, n // 2) if n < 144 else min(n // 16 * 2, 32)
         if not k:
             return d
         cosines = np.cos(np.pi * (np.arange(n)[:, None] + 0.5) * (np.arange(k) + 1) / n)

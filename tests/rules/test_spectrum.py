@@ -132,21 +132,19 @@ def test_single_precision_is_enough_for_steep_spectra(shape, ratio):
     n = min(shape[1:])
     values = np.maximum(ratio ** -np.arange(n), 1e-3)
     step = matrices(shape, values).astype(jnp.float32)
-    for times in (1, 2, 30):
+    for times in (1, 2, 100):
         flat, _, squares = follow(step, times)
         expected, total = (jnp.sum(jnp.square(x)) for x in (flat, step))
         # Rows that overlap are left short: until they have parted, less is cut than is there.
-        most = 1.001 if times == 30 else 1.6
+        most = 1.001 if times == 100 else 1.6
         rounding = 3e-6 * total  # of what is left of it
         assert expected * 0.995 - rounding < squares[0] < expected * most + rounding
     k = spectrum.directions(n)
     rest = np.sqrt(np.sum(values[k:] ** 2) / (n - k))
     floor = np.sqrt(1e-4 * np.sum(values**2) / n)
     if ratio > 1.5:  # the closer they are to each other, the longer it takes
-        left = np.linalg.svd(flat[0], compute_uv=False)
-        np.testing.assert_allclose(left[1], max(rest, floor, values[k]), rtol=5e-2)
-        # Half precision stores directions: one that holds a thousandth comes and goes.
-        np.testing.assert_allclose(left[0], left[1], rtol=0.25)
+        largest = np.linalg.svd(flat[0], compute_uv=False)[0]
+        np.testing.assert_allclose(largest, max(rest, floor, values[k]), rtol=5e-2)
 
 
 @pytest.mark.parametrize("k", [5, 16, 18, 24, 32])

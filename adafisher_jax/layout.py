@@ -1,6 +1,7 @@
 """The layout says which parameter belongs to which layer: static, hashable, printed as a table."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +22,14 @@ def path_of(keys: tuple[Any, ...]) -> str:
       >>> path_of(keys)
       'encoder/kernel'
     """
+    return "/".join(names_of(keys))
+
+
+def names_of(keys: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns the names that `path_of` joins."""
     if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -72,6 +78,11 @@ class Leaf:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+def unstacked(axes: Axes) -> tuple[int, ...]:
+    """Returns which axes belong to each of the layers that lie stacked."""
+    return tuple(i for i, axis in enumerate(axes) if not axis.startswith("stack"))
 
 
 def _is_block(axis: str) -> bool:
@@ -180,15 +191,15 @@ class Layer:
     def dtype(self, leaves: Mapping[str, Any]) -> Any:
         """Returns the type of the layer's statistics, at least float32, given arrays by path."""
         own = [leaves[leaf.path] for leaf in self.leaves if leaf.path in leaves]
-        return jnp.promote_types(jnp.result_type(*own), jnp.float32)
+        return functools.reduce(jnp.promote_types, map(jnp.result_type, own), jnp.dtype("float32"))
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the parts of this layer's `Factor`."""
         s = tuple(1 if axis.startswith("in") else n for n, axis in self._sized)
         if self.kind == "norm":  # a pair, for scale and shift, in place of the channels
-            h = tuple(n if _is_block(axis) else 1 for n, axis in self._sized)
-            h = tuple(2 if axis == "out0" else n for n, axis in zip(h, self.axes, strict=True))
+            slots = zip(self.slot_shape, self.axes, strict=True)
+            h = tuple(2 if axis == "out0" else n for n, axis in slots)
         else:
             h = tuple(1 if axis.startswith("out") else n for n, axis in self._sized)
         return (h, s, self.rows_shape, h)
@@ -273,7 +284,8 @@ class Layout:
         left = [leaf for x in self.layers if x.path not in kept for leaf in x.leaves]
         rows = [*self.uncovered, *(Uncovered(Leaf(x.path, x.shape), "left out") for x in left)]
         rows.sort(key=lambda row: row.leaf.path)
-        return Layout(tuple(x for x in self.layers if x.path in kept), tuple(rows))
+        layers = tuple(x for x in self.layers if x.path in kept)
+        return dataclasses.replace(self, layers=layers, uncovered=tuple(rows))
 
     def check_params(self, leaves: Mapping[str, Any]) -> None:
         """Checks arrays by path against the layout; parameters may be missing.
@@ -322,6 +334,12 @@ def _row(leaf: Leaf, kind: str, reason: str = "") -> tuple[str, ...]:
 def _sizes(leaf: Leaf, *roles: str) -> str:
     sizes = [str(n) for n, a in zip(leaf.shape, leaf.axes, strict=True) if a.startswith(roles)]
     return "×".join(sizes) or "-"
+
+
+def check_layout(layout: Any) -> None:
+    """Raises a TypeError if `layout` is not a `Layout`."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout")
 
 
 def check_factors(factors: Mapping[str, Factor], layers: Iterable[Layer]) -> None:

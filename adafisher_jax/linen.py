@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from adafisher_jax import capture
-from adafisher_jax.layout import Layout
+from adafisher_jax.layout import Layout, check_layout
 from adafisher_jax.loss import check_loss, explaining
 
 
@@ -32,8 +32,8 @@ def trace_layout(
     Raises:
       TypeError: if the loss or `params` is a module, a leaf of `params` is not floating-point, or
         the loss with `has_aux` returns no pair.
-      ValueError: if no layer was found, layers of two kinds share a parameter, or the loss names a
-        mapped axis that does not exist here.
+      ValueError: if the loss calls no layer and multiplies no parameter by data, layers of two
+        kinds share a parameter, or the loss names a mapped axis that does not exist here.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -89,7 +89,7 @@ def value_and_grad(
       ([1.0, 4.0, 9.0], [1.0, 1.0])
     """
     check_loss(loss_fn)
-    capture.check_layout(layout)
+    check_layout(layout)
     when = capture.condition(when)
     loss = explaining(loss_fn, has_aux)
 

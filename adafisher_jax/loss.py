@@ -19,7 +19,7 @@ def check_loss(loss_fn: Any) -> None:
         )
 
 
-def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+def explaining(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """Returns the loss with errors that say what to do about them.
 
     Raises:
@@ -52,7 +52,7 @@ def explaining(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[.
 def _check_pair(result: Any) -> None:
     """Raises a TypeError if `result` is not `(scalar, aux)`."""
     pair = isinstance(result, tuple) and len(result) == 2
-    value = result[0] if isinstance(result, tuple) and pair else result
+    value = result[0] if pair else result
     if not pair or np.shape(value) != ():
         got = (
             f"an array of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__

@@ -10,7 +10,7 @@ from flax.nnx import extract
 from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
-from adafisher_jax.layout import Layout, by_path
+from adafisher_jax.layout import Layout, by_path, check_layout
 from adafisher_jax.loss import check_loss, explaining
 from adafisher_jax.micro_batches import over_micro_batches
 
@@ -114,15 +114,10 @@ def value_and_grad(
       ([1.0, 4.0, 9.0], [1.0])
     """
     check_loss(loss_fn)
-    capture.check_layout(layout)
+    check_layout(layout)
     when = capture.condition(when)
     explained = explaining(loss_fn, has_aux)
-    listed, left_out = {leaf.path for leaf in layout.leaves}, set(layout.left_out)
-    is_parameter = nnx.filterlib.to_predicate(nnx.Param)
-
-    def wrt(keys: tuple[Any, ...], variable: Any) -> bool:
-        path = "/".join(map(str, keys))  # a path in neither is an error of the layout's check
-        return path in listed or (is_parameter(keys, variable) and path not in left_out)
+    wrt = parameters_of(layout)
 
     def grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         _check(model, args, kwargs)
@@ -212,6 +207,18 @@ def accumulate(
         return result
 
     return accumulated
+
+
+def parameters_of(layout: Layout) -> Callable[[tuple[Any, ...], Any], bool]:
+    """Returns the filter of `nnx.state` for the parameters of which a layout was traced."""
+    listed, left_out = {leaf.path for leaf in layout.leaves}, set(layout.left_out)
+    is_parameter = nnx.filterlib.to_predicate(nnx.Param)
+
+    def wrt(keys: tuple[Any, ...], variable: Any) -> bool:
+        path = "/".join(map(str, keys))  # a path in neither is an error of the layout's check
+        return path in listed or (is_parameter(keys, variable) and path not in left_out)
+
+    return wrt
 
 
 def _parts(model: Any, wrt: Any) -> Any:

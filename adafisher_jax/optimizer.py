@@ -221,7 +221,7 @@ def scale_by_adafisher(
                     scales[paths[0]] = scale
                     # In turn, groups need the memory of two or three; at once, that of all.
                     correction = execution_order.after(correction, [scale.square])
-        for path in grads.keys() - mu.keys():
+        for path in [path for path in grads if path not in mu]:
             mu[path], steps[path], scale = step_alone(
                 chosen, b1, correction, before[path], grads[path], scales.get(path)
             )

@@ -19,7 +19,7 @@ from adafisher_jax.meshes import everywhere
 
 FEWEST, MOST = 16, 32  # directions of a matrix, unless half of its shorter side is less
 STORED = jnp.bfloat16  # the stored directions only begin the next iteration
-LEAST = 1e-4  # no singular value is cut below this share of the mean square of all
+LEAST = 1e-4  # no singular value's square is cut below this share of the mean of all squares
 SOLVED = 16  # rows of the largest triangular matrices that a CPU does not invert in halves
 INERTIA = 1e-4  # keeps directions without any step from following rounding errors
 
@@ -132,12 +132,12 @@ def leading_excess(
         return found[:, :-1], found[:, -1:]
 
     if tall := layer.fan_in >= layer.fan_out:
-        directions = _orthonormal(jnp.where(follow, _along_rows(layer, steps, before), 0))
-        images, pulled = along_columns(directions)
+        orthonormal = _orthonormal(jnp.where(follow, _along_rows(layer, steps, before), 0))
+        images, pulled = along_columns(orthonormal)
     else:
         longer, pulled = along_columns(before)
-        directions = _orthonormal(jnp.where(follow, longer, 0))
-        images = _along_rows(layer, steps, directions)
+        orthonormal = _orthonormal(jnp.where(follow, longer, 0))
+        images = _along_rows(layer, steps, orthonormal)
     images = jnp.where(follow, images, 0)
 
     squares = jnp.sum(jnp.square(images), 2)
@@ -145,7 +145,7 @@ def leading_excess(
     n, k = basis.shape[2], basis.shape[1]
     cap = jnp.maximum(rest / (n - k), LEAST * total / n)[:, None]
     kept = jnp.where(squares > cap, jnp.sqrt(cap / jnp.where(squares > 0, squares, 1)), 1)
-    cut = (1 - kept)[..., None] * directions
+    cut = (1 - kept)[..., None] * orthonormal
     left, right = (cut, images) if tall else (images, cut)
     if vector is not None and pulled is not None:
         shares = _product("bji,bki->bjk", vector, left)

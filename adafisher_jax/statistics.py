@@ -1,9 +1,10 @@
 """Statistics: the sums over rows of `h̄²`, `h̄` and `s²`, for each kind of layer.
 
 A row is one example or, in sequences and convolutions, one position of one example. Every statistic
-names the axes of its weight and bias: `"in0"`, `"out0"`, and `"batch0"` if the layer holds several
-independent maps. The arrays follow the convention of `adafisher_jax.factors`. Sums are accumulated
-in at least float32. The patches of a convolution are never built.
+names the axes of its weight, and of a bias if a known layer has one: `"in0"`, `"out0"`, and
+`"batch0"` if the layer holds several independent maps. The arrays follow the convention of
+`adafisher_jax.factors`. Sums are accumulated in at least float32. The patches of a convolution are
+never built.
 """
 
 import dataclasses
@@ -19,12 +20,13 @@ from adafisher_jax.meshes import everywhere
 from adafisher_jax.windows import Window
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
+    """Returns an array in at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _sum_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    return jnp.sum(jnp.square(_wide(x)), axis=tuple(axes))
+    return jnp.sum(jnp.square(wide(x)), axis=tuple(axes))
 
 
 def numbered(roles: Sequence[str]) -> Axes:
@@ -67,12 +69,12 @@ class Contraction:
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         alone = [i for i, c in enumerate(self.x) if c not in self.weight + self.y]
         letters = "".join(c for i, c in enumerate(self.x) if i not in alone)
-        x = jnp.sum(_wide(x), axis=tuple(alone)) if alone else x
+        x = jnp.sum(wide(x), axis=tuple(alone)) if alone else x
         rows = tuple(i for i, c in enumerate(letters) if c not in self.weight)
         kept = "".join(c for c in letters if c in self.weight)
         return (
             self._like_weight(_sum_squares(x, rows), kept),
-            self._like_weight(jnp.sum(_wide(x), axis=rows), kept),
+            self._like_weight(jnp.sum(wide(x), axis=rows), kept),
         )
 
     def of_cotangents(self, g: jax.Array) -> jax.Array:
@@ -204,7 +206,7 @@ class Convolution:
             parts += [jnp.sum(function(x[..., i : i + 1, :]), batch) for i in edges]
             return jnp.concatenate(parts, axis=-2)
 
-        totals = jnp.stack([total(lambda x: jnp.square(_wide(x))), total(_wide)], axis=-2)
+        totals = jnp.stack([total(lambda x: jnp.square(wide(x))), total(wide)], axis=-2)
         squares, sums = jnp.moveaxis(self._gather(totals, counts), -3, 0)
         return jnp.maximum(squares, 0), sums
 
@@ -255,7 +257,7 @@ class LocalConvolution:
 
     def of_inputs(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         batch = tuple(range(x.ndim - len(self.windows) - 1))
-        return self._gather(_sum_squares(x, batch)), self._gather(jnp.sum(_wide(x), axis=batch))
+        return self._gather(_sum_squares(x, batch)), self._gather(jnp.sum(wide(x), axis=batch))
 
     def _gather(self, total: jax.Array) -> jax.Array:
         """Gathers a batch sum of the input into the input axes of the kernel."""
@@ -393,11 +395,11 @@ class Groups:
         return ("stack0", "in0", "out0")
 
     def of_inputs(self, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        squares, sums = (_by_group(v, sizes) for v in (jnp.square(_wide(x)), _wide(x)))
+        squares, sums = (_by_group(v, sizes) for v in (jnp.square(wide(x)), wide(x)))
         return squares[:, :, None], sums[:, :, None], sizes
 
     def of_cotangents(self, g: jax.Array, sizes: jax.Array) -> jax.Array:
-        return _by_group(jnp.square(_wide(g)), sizes)[:, None, :]
+        return _by_group(jnp.square(wide(g)), sizes)[:, None, :]
 
     def rows(self, y: jax.Array, sizes: jax.Array) -> jax.Array:
         return sizes[:, None, None]
@@ -444,7 +446,7 @@ class Normalization:
         weight, shape, channels = self.rows(x), x.shape, self.channels
         if x.ndim == len(channels):  # one example, without its batch axis
             shape, channels = (1, *shape), tuple(c + 1 for c in channels)
-        x = _wide(x).reshape(shape)
+        x = wide(x).reshape(shape)
         keep = (1,) if self.keeps_tokens else channels
         others = tuple(i for i in range(x.ndim) if i not in keep)
         n = math.prod(shape[i] for i in others if i > 0)
@@ -457,7 +459,7 @@ class Normalization:
     def of_cotangents(self, g: jax.Array) -> jax.Array:
         others = tuple(i for i in range(g.ndim) if i not in self.channels)
         batch = max(g.shape[0], 1) if others and others[0] == 0 else 1
-        return self.rows(g) * jnp.square(jnp.sum(_wide(g), axis=others)) / batch
+        return self.rows(g) * jnp.square(jnp.sum(wide(g), axis=others)) / batch
 
     def rows(self, y: jax.Array) -> int:
         return math.prod(n for i, n in enumerate(y.shape) if i not in self.channels)

@@ -26,7 +26,7 @@ import optax
 
 from adafisher_jax import capture
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layout, by_path
+from adafisher_jax.layout import Layout, check_layout
 
 
 class WithProbes(NamedTuple):
@@ -60,9 +60,7 @@ def add_probes(params: Any, layout: Layout) -> WithProbes:
       >>> add_probes(params, layout).probes[""].h.shape
       (3, 1)
     """
-    capture.check_layout(layout)
-    leaves, _ = by_path(params)
-    layout.check_params(leaves)
+    check_layout(layout)
     return WithProbes(params, capture.probes_of(layout, params))
 
 
@@ -93,7 +91,7 @@ def loss_with_probes(loss_fn: Callable[..., Any], layout: Layout) -> Callable[..
       >>> grads.probes[""].h.ravel().tolist()
       [1.0, 4.0, 9.0]
     """
-    capture.check_layout(layout)
+    check_layout(layout)
 
     def loss(params: WithProbes, /, *args: Any, **kwargs: Any) -> Any:
         _check("params", params)
@@ -131,7 +129,7 @@ def optimizer_with_probes(
       >>> loss_fn(optax.apply_updates(params, updates), x) < loss_fn(params, x)
       Array(True, dtype=bool)
     """
-    capture.check_layout(layout)
+    check_layout(layout)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: WithProbes) -> Any:

@@ -1,8 +1,8 @@
 """`python -m benchmarks sizes`: whether a gain lasts as a model grows, at equal steps and time.
 
 The model is that of the ladder "width". Each optimizer has the rate that was best for it on each
-rung, as stored by `python -m benchmarks ladder`. At equal time a run has as many steps as take
-as long as AdamW's run at equal steps. Its rate is the same.
+rung, as stored by `python -m benchmarks ladder`; one that was not run there is left out. At equal
+time a run has as many steps as take as long as AdamW's run at equal steps. Its rate is the same.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def add_arguments(parser):
 def main(arguments: argparse.Namespace) -> None:
     """
     Raises:
-      ValueError: if the ladder does not tell an optimizer's best rate on a rung.
+      ValueError: if the ladder does not tell the best rates of those compared on a rung.
     """
     results = Results(arguments.out / "runs.jsonl")
     at_equal_steps = {
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
         for row in ladder.rows(Results(arguments.ladder / "runs.jsonl"))
         if row["ladder"] == LADDER and row["best_rate"] and row["best_loss"]
     }
-    for size, name in itertools.product(LADDERS[LADDER], OPTIMIZERS):
+    for size, name in itertools.product(LADDERS[LADDER], (ladder.OURS, BESIDE)):
         if (size, name) not in at_equal_steps:
             raise ValueError(
                 f"{arguments.ladder}: got no best rate of {name} at width {size}. Run python -m "
@@ -52,7 +52,8 @@ def main(arguments: argparse.Namespace) -> None:
             )
     found = []
     for size, problem in tqdm(LADDERS[LADDER].items(), unit="size"):
-        rows = [at_equal_steps[size, name] for name in OPTIMIZERS]
+        keys = [(size, name) for name in OPTIMIZERS]
+        rows = [at_equal_steps[key] for key in keys if key in at_equal_steps]
         found += _rung(f"{LADDER} {size}", problem, rows, results, arguments)
     under = report.circumstances([], quick=False)
     report.store(arguments.out / "table.json", found, under, "python -m benchmarks sizes")
@@ -63,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
 def _rung(rung, problem, rows, results, arguments):
     """The optimizers' rows for one size."""
     begin = functools.partial(trial.Trial, rung, seed=0, batch=problem.batch)
-    names = [cost.BASELINE, *OPTIMIZERS]
+    names = [cost.BASELINE, *(row["optimizer"] for row in rows)]
     timed = {name: begin(optimizer=name, rate=0.0, steps=problem.steps) for name in names}
     costs = cost.ratios(timed, arguments.data, arguments.out / "costs.json")
     parameters = _parameters(rung, problem, arguments.data)

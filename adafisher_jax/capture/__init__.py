@@ -3,7 +3,6 @@
 from adafisher_jax.capture.gradient import (
     DIAGONAL,
     Form,
-    check_layout,
     condition,
     means_of,
     probed,
@@ -15,7 +14,6 @@ from adafisher_jax.capture.gradient import (
 __all__ = [
     "DIAGONAL",
     "Form",
-    "check_layout",
     "condition",
     "means_of",
     "probed",

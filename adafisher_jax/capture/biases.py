@@ -6,12 +6,15 @@ from adafisher_jax.capture.origins import COMPUTED, Origin, Origins, computed_fr
 
 
 def add_to_output(operands: Origins, found: Found) -> Origin | None:
-    """Returns the origin of a sum with a product's output; notes an added parameter as its bias."""
-    first, *outputs = [x for x in operands if x and x.is_output]
+    """Returns the origin of a sum with a product's output; notes an added parameter as its bias.
+
+    The bias of a sum of two products belongs to the first.
+    """
+    first, *others = [x for x in operands if x and x.is_output]
     for x in operands:
         if x and x.is_parameter:
             _pair(first, x, found)
-    return first if outputs else computed_from(operands, COMPUTED)
+    return first if others else computed_from(operands, COMPUTED)
 
 
 def _pair(output: Origin, bias: Origin, found: Found) -> None:

@@ -79,3 +79,8 @@ class Refusal(NamedTuple):
 
 
 Found = list[Mark | Product | Refusal]
+
+
+def without_probe(name: str) -> str:
+    """Why a use inside a primitive of this name is refused."""
+    return f"used inside {name}, which takes no probe"

@@ -94,7 +94,8 @@ def trace_layout(loss_fn: Callable[..., Any], first: Any, args: Any, kwargs: Any
 
     Raises:
       TypeError: for a leaf of `first` that is not floating-point.
-      ValueError: if the loss calls no layer, or two kinds of layer share a parameter.
+      ValueError: if the loss calls no layer and multiplies no parameter by data, or two kinds of
+        layer share a parameter.
     """
     leaves, rest = jax.tree.flatten((args, kwargs))
     layout: Any = None
@@ -141,13 +142,12 @@ def probes_of(layout: Layout, first: Any, form: Form = DIAGONAL) -> dict[str, Fa
     """
     leaves, _ = by_path(first)
     layout.check_params(leaves)
-    zeros = {layer.path: form.zeros(layer, layer.dtype(leaves)) for layer in layout.layers}
-    return {
-        layer.path: zeros[layer.path]._replace(
-            rows=zeros[layer.path].rows.reshape(layer.stack_shape)
-        )
-        for layer in layout.layers
-    }
+
+    def probe(layer: Layer) -> Factor:
+        zeros = form.zeros(layer, layer.dtype(leaves))
+        return zeros._replace(rows=zeros.rows.reshape(layer.stack_shape))
+
+    return {layer.path: probe(layer) for layer in layout.layers}
 
 
 def _due(probe: Factor, when: Any) -> Factor:
@@ -201,12 +201,6 @@ def probed(
         return traced.result(program(*jax.tree.leaves(first), *jax.tree.leaves(given)))
 
     return loss, list(positions.values())
-
-
-def check_layout(layout: Any) -> None:
-    """Raises a TypeError if `layout` is not a `Layout`."""
-    if not isinstance(layout, Layout):
-        raise TypeError(f"layout: got {type(layout).__name__}, wanted a Layout")
 
 
 def condition(when: Any) -> Any:

@@ -29,6 +29,7 @@ from adafisher_jax.capture.found import (
     Mark,
     Product,
     Refusal,
+    without_probe,
 )
 from adafisher_jax.capture.origins import (
     ARRAY_OPS,
@@ -132,7 +133,7 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
         else:
             outputs = of_array_op(eqn, operands)
             if name not in ARRAY_OPS:
-                why, beside = f"used inside {name}, which takes no probe", len(operands) > 1
+                why, beside = without_probe(name), len(operands) > 1
                 found += [
                     Refusal(x.source, why, here.place, beside)  # type: ignore[arg-type]
                     for x in operands

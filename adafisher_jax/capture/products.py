@@ -15,6 +15,7 @@ import jax
 from jax.extend import core
 
 from adafisher_jax import statistics
+from adafisher_jax.capture.origins import REARRANGED
 from adafisher_jax.capture.pieces import Axes
 from adafisher_jax.statistics import Contraction
 from adafisher_jax.windows import Window
@@ -130,7 +131,7 @@ def _gather(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     parts = [i for i in others if sizes[i] != table.shape[i]]
     looked_up = parts or [i for i in numbers.start_index_map if sizes[i] == 1]
     if weight != 0 or len(looked_up) != 1 or sizes[looked_up[0]] != 1:
-        return "only a slice or a rearrangement of it reaches its layer"
+        return REARRANGED
     (axis,) = looked_up
     new = _letters()
     letters = new(len(table.shape))

@@ -115,23 +115,25 @@ def einsum(module: Any, x: jax.Array, y: jax.Array, rest: dict[str, Any]) -> Rea
     return Reading("dense", statistics.einsum(f"{operands}->{result}"), x)
 
 
-def _windows(module: Any, x: jax.Array, y: jax.Array) -> tuple[Window, ...]:
-    """Returns how a `Conv` or `ConvLocal` moves along each spatial axis."""
+def _spatial(
+    module: Any, x: jax.Array, y: jax.Array
+) -> Iterator[tuple[Any, int, int, int, int, int]]:
+    """Yields of each spatial axis its padding; the lengths of kernel, input and output; strides."""
     size = _tuple(module.kernel_size)
     rank = len(size)
     padding = canonicalize_padding(module.padding, rank)
+    each = (padding,) * rank if isinstance(padding, str) else padding
+    space = slice(-rank - 1, -1)
+    steps = (_tuple(value, rank) for value in (module.strides, module.kernel_dilation))
+    yield from zip(each, size, x.shape[space], y.shape[space], *steps, strict=True)
+
+
+def _windows(module: Any, x: jax.Array, y: jax.Array) -> tuple[Window, ...]:
+    """Returns how a `Conv` or `ConvLocal` moves along each spatial axis."""
     windows = []
-    for axis, (k, n, m, stride, input_dilation, dilation) in enumerate(
-        zip(
-            size,
-            x.shape[-rank - 1 : -1],
-            y.shape[-rank - 1 : -1],
-            _tuple(module.strides, rank),
-            _tuple(module.input_dilation, rank),
-            _tuple(module.kernel_dilation, rank),
-            strict=True,
-        )
-    ):
+    axes = [*_spatial(module, x, y)]
+    dilations = _tuple(module.input_dilation, len(axes))
+    for (padding, k, n, m, stride, dilation), input_dilation in zip(axes, dilations, strict=True):
         reach, length = (k - 1) * dilation + 1, (n - 1) * input_dilation + 1
         low, margin, mode = 0, (0, 0), "constant"
         match padding:
@@ -142,7 +144,7 @@ def _windows(module: Any, x: jax.Array, y: jax.Array) -> tuple[Window, ...]:
             case str():
                 ((low, _),) = jax.lax.padtype_to_pads([length], [reach], [stride], padding)
             case _:
-                low = int(padding[axis][0])
+                low = int(padding[0])
         windows.append(Window(k, n, m, stride, low, input_dilation, dilation, margin, mode))
     return tuple(windows)
 
@@ -161,37 +163,24 @@ def conv(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
 
 def conv_transpose(module: Any, x: jax.Array, y: jax.Array, _: Any) -> Reading:
     """Reads a `ConvTranspose`."""
-    size = _tuple(module.kernel_size)
-    rank = len(size)
-    padding = canonicalize_padding(module.padding, rank)
+    flip = module.transpose_kernel
     windows = []
-    for axis, (k, n, m, stride, dilation) in enumerate(
-        zip(
-            size,
-            x.shape[-rank - 1 : -1],
-            y.shape[-rank - 1 : -1],
-            _tuple(module.strides, rank),
-            _tuple(module.kernel_dilation, rank),
-            strict=True,
-        )
-    ):
+    for padding, k, n, m, stride, dilation in _spatial(module, x, y):
         reach = (k - 1) * dilation + 1
+        low, margin, mode = 0, (0, 0), "constant"
         match padding:
             case "CIRCULAR":  # reads wrap around the dilated input
-                margin = (0, -(-(reach - 1) // stride))
-                windows.append(
-                    Window(k, n, m, 1, 0, stride, dilation, margin, "wrap", module.transpose_kernel)
-                )
-                continue
+                margin, mode = (0, -(-(reach - 1) // stride)), "wrap"
             case "SAME":  # as jax.lax.conv_transpose pads
                 low = reach - 1 if stride > reach - 1 else -(-(reach + stride - 2) // 2)
             case "VALID":
                 low = reach - 1
             case _:
-                low = int(padding[axis][0])
-        windows.append(Window(k, n, m, 1, low, stride, dilation, flip=module.transpose_kernel))
+                low = int(padding[0])
+        windows.append(Window(k, n, m, 1, low, stride, dilation, margin, mode, flip))
     statistic: Any = statistics.Convolution(tuple(windows))
-    if module.transpose_kernel:  # the kernel is (*window, out, in)
+    if flip:  # the kernel is (*window, out, in)
+        rank = len(windows)
         order = (*range(rank), rank + 1, rank)
         statistic = statistics.Rearranged(statistic, None, order, None)
     return Reading("conv", statistic, x)

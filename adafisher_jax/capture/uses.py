@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from adafisher_jax.capture.found import RECOMPUTED, Found, Mark, Product, Refusal
+from adafisher_jax.capture.found import RECOMPUTED, Found, Mark, Product, Refusal, without_probe
 from adafisher_jax.capture.origins import COMPUTED, REARRANGED, Origin
 from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
 from adafisher_jax.factors import Axes
-from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, path_of
+from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, names_of, path_of
 from adafisher_jax.statistics import numbered
 
 
@@ -155,22 +155,16 @@ class _Reader:
         if not reached or (origin.frozen and origin.mixed):
             return
         keys, array = self.named[origin.source]
-        problem = _closed(product.inside)
-        if origin.repeated:
-            problem = problem or "repeated before its layer uses it"
-        axes: Axes | None = ()
-        if not problem:
-            inner = linear.statistic.weight_axes
-            axes = _source_axes(inner, origin, len(array.shape), linear.apart)
+        problem = _problem(product.inside, origin)
+        inner = linear.statistic.weight_axes
+        axes = None if problem else _source_axes(inner, origin, array.ndim, linear.apart)
         if axes is None:
-            problem = "an axis of it is both of inputs and of outputs"
-        if problem or axes is None:
+            why = problem or "an axis of it is both of inputs and of outputs"
             outweighs = not product.derived and not origin.frozen
-            self.add_refusal(Refusal(origin.source, problem, product.place, outweighs), reached)
+            self.add_refusal(Refusal(origin.source, why, product.place, outweighs), reached)
             return
-        parts = [part for key in keys if (part := path_of((key,)))]
         leaf = Leaf(path_of(keys), jnp.shape(array), axes)
-        weight = _Parameter(origin.source, leaf, "/".join(parts[:-1]), origin, "")
+        weight = _Parameter(origin.source, leaf, "/".join(names_of(keys)[:-1]), origin, "")
         layer = Layer(
             weight.layer_path, linear.kind, leaf, self._bias(product, leaf), linear.groups
         )
@@ -207,15 +201,13 @@ class _Reader:
         if origin.frozen and (origin.mixed or origin.lost):
             return None  # as an averaged teacher: no gradient reaches the parameter
         keys, array = self.named[origin.source]
-        problem = mark.use.problem or origin.lost or _closed(mark.inside)
-        if not problem and origin.repeated:
-            problem = "repeated before its layer uses it"
+        problem = mark.use.problem or origin.lost or _problem(mark.inside, origin)
         own = () if problem else _named_axes(axes, origin, array.ndim)
         if own is None:
             problem = REARRANGED
         leaf = Leaf(path_of(keys), jnp.shape(array), own or ())
-        parts = tuple(path_of((key,)) for key in keys)
-        return _Parameter(origin.source, leaf, "/".join(_holder(parts, name)), origin, problem)
+        path = "/".join(_holder(names_of(keys), name))
+        return _Parameter(origin.source, leaf, path, origin, problem)
 
     def finish(self) -> Uses:
         """Returns the layout of all uses that were added, and where to take statistics."""
@@ -271,7 +263,7 @@ class _Reader:
                 self.problems[position] = why
 
 
-def _closed(inside: tuple[str, ...]) -> str:
+def _problem(inside: tuple[str, ...], origin: Origin) -> str:
     """Returns why no probe reaches a use inside some primitives; empty if one does.
 
     A `while` loop is no reason: no gradient passes through it, so its uses need no probe.
@@ -282,8 +274,8 @@ def _closed(inside: tuple[str, ...]) -> str:
         if name.startswith("custom_"):
             return "used inside a function with its own derivative rule"
         if name not in ENTERED and name != "while":
-            return f"used inside {name}, which takes no probe"
-    return ""
+            return without_probe(name)
+    return "repeated before its layer uses it" if origin.repeated else ""
 
 
 def _describing(found: list[_Found]) -> list[_Found]:

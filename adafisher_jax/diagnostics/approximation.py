@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.capture import check_layout
 from adafisher_jax.diagnostics.full_factors import FullFactor, choose, full_factors
 from adafisher_jax.diagnostics.pure import pure
-from adafisher_jax.layout import Layer, Layout, by_path
+from adafisher_jax.layout import Layer, Layout, by_path, check_layout
 
 LARGEST = 2000  # the most parameters of a layer whose exact matrix is built by default
 
@@ -98,7 +97,7 @@ def compare_steps(
     factors_fn = full_factors(loss_fn, layout, [layer.path for layer in chosen])
 
     def compare(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, Comparison]:
-        loss, params = pure(loss_fn, first)
+        loss, params = pure(loss_fn, layout, first)
         each = _gradients(loss, params, args, kwargs)
         factors = factors_fn(first, *args, **kwargs)
         return {layer.path: _compare(layer, factors[layer.path], each, damping) for layer in chosen}
@@ -159,19 +158,17 @@ def _compare_block(
     examples, n = each.shape
     gradient = jnp.mean(each, 0)
     precision = jax.lax.Precision.HIGHEST
-    curvatures = {
-        "exact": jnp.matmul(each.T, each, precision=precision) / examples,
-        "kronecker": rows * examples * jnp.kron(h, s),
-        "diagonal": rows * examples * jnp.diag(jnp.kron(jnp.diagonal(h), jnp.diagonal(s))),
-    }
+    curvatures = (
+        jnp.matmul(each.T, each, precision=precision) / examples,
+        rows * examples * jnp.kron(h, s),
+        rows * examples * jnp.diag(jnp.kron(jnp.diagonal(h), jnp.diagonal(s))),
+    )
 
     def step(curvature: jax.Array) -> jax.Array:
         extra = damping * jnp.trace(curvature) / n
         return jnp.linalg.solve(curvature + extra * jnp.eye(n, dtype=h.dtype), gradient)
 
-    exact, kronecker, diagonal = (
-        step(curvatures[name]) for name in ("exact", "kronecker", "diagonal")
-    )
+    exact, kronecker, diagonal = map(step, curvatures)
     length = jnp.linalg.norm(exact)
     as_long = gradient * (length / jnp.linalg.norm(gradient))
     return Comparison(*(_deviation(one, exact) for one in (as_long, diagonal, kronecker)))

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.capture import Form, check_layout, value_and_grad
+from adafisher_jax.capture import Form, value_and_grad
 from adafisher_jax.diagnostics import rows
 from adafisher_jax.diagnostics.pure import pure
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout
+from adafisher_jax.layout import Layer, Layout, check_layout
 from adafisher_jax.tap import Statistic
 
 
@@ -71,7 +71,7 @@ def full_factors(
     chosen = layout.only(layer.path for layer in choose(layout, paths))
 
     def factors_fn(first: Any, /, *args: Any, **kwargs: Any) -> dict[str, FullFactor]:
-        loss, params = pure(loss_fn, first)
+        loss, params = pure(loss_fn, layout, first)
         _, _, factors = value_and_grad(loss, chosen, False, params, args, kwargs, _FULL)
         return {layer.path: _matrices(layer, factors[layer.path]) for layer in chosen.layers}
 
@@ -93,13 +93,13 @@ def pool(batches: Iterable[Mapping[str, FullFactor]]) -> dict[str, FullFactor]:
     """
 
     def add(total: FullFactor, one: FullFactor) -> FullFactor:
-        rows = total.rows + one.rows
-        share = one.rows / jnp.maximum(rows, 1)
+        both = total.rows + one.rows
+        share = one.rows / jnp.maximum(both, 1)
 
         def move(old: jax.Array, new: jax.Array) -> jax.Array:
             return old + share[..., None, None] * (new - old)
 
-        return FullFactor(move(total.h, one.h), move(total.s, one.s), rows)
+        return FullFactor(move(total.h, one.h), move(total.s, one.s), both)
 
     return functools.reduce(
         lambda total, one: {path: add(factor, one[path]) for path, factor in total.items()},
@@ -192,10 +192,10 @@ def _matrices(layer: Layer, factor: Factor) -> FullFactor:
     h = matrices(factor.h, layer.ins, layer.outs[0])
     s = matrices(factor.s, layer.outs, layer.ins[0])
     blocks = h.shape[:-2]
-    rows = jnp.broadcast_to(factor.rows.reshape(layer.stack_shape), layer.slot_shape)
-    rows = rows.reshape(blocks)
+    counts = jnp.broadcast_to(factor.rows.reshape(layer.stack_shape), layer.slot_shape)
+    counts = counts.reshape(blocks)
     if layer.bias is not None:
         mean = layer.to_matrices(factor.mean).reshape(*blocks, -1, 1)
-        slot = (rows > 0).astype(h.dtype)[..., None, None]
+        slot = (counts > 0).astype(h.dtype)[..., None, None]
         h = jnp.block([[h, mean], [mean.mT, slot]])
-    return FullFactor(h, s, rows)
+    return FullFactor(h, s, counts)

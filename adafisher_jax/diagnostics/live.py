@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adafisher_jax.capture import check_layout
 from adafisher_jax.diagnostics.stored import Stored, of_layers, states
-from adafisher_jax.layout import Layer, Layout, by_path
+from adafisher_jax.layout import Layer, Layout, by_path, check_layout
+from adafisher_jax.nnx import parameters_of
 from adafisher_jax.rules import Rule, Scale, make_rule
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -104,13 +104,13 @@ def report(
     check_layout(layout)
     chosen = make_rule(rule, damping=damping)
     both = params is not None and updates is not None
-    weights, steps = (_leaves(tree) if both else {} for tree in (params, updates))
+    weights, steps = (_leaves(tree, layout) if both else {} for tree in (params, updates))
     if both:
         layout.check_params(weights)
         layout.check_params(steps)
     found: dict[str, LayerReport] = {}
     for state in states(opt_state):
-        momenta = _leaves(state.mu)
+        momenta = _leaves(state.mu, layout)
         for layer, stored in of_layers(state, layout):
             at = layer.leaves[0].path
             if at not in momenta:  # masked
@@ -175,9 +175,9 @@ def _cell(value: Any) -> str:
     return f"{number:.3g}" if isinstance(number, float) else str(number)
 
 
-def _leaves(tree: Any) -> dict[str, jax.Array]:
+def _leaves(tree: Any, layout: Layout) -> dict[str, jax.Array]:
     if isinstance(tree, nnx.Module):
-        tree = nnx.state(tree, nnx.Param)
+        tree = nnx.state(tree, parameters_of(layout))
     return by_path(tree)[0]
 
 

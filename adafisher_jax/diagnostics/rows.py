@@ -20,24 +20,23 @@ from adafisher_jax.statistics import (
     LocalConvolution,
     Lookup,
     Rearranged,
+    wide,
 )
 from adafisher_jax.windows import Window
 
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+NO_ROWS = "has no whole factors here: leave its layer out of `paths`"
 
 
 @functools.singledispatch
-def of_inputs(statistic: Any, x: jax.Array) -> jax.Array:
+def of_inputs(statistic: Any, *x: jax.Array) -> jax.Array:
     """Returns the inputs of one call, (rows, *the axes of the weight) with every out axis 1."""
-    raise TypeError(f"statistic: {type(statistic).__name__} has no rows")
+    raise ValueError(f"{type(statistic).__name__} {NO_ROWS}")
 
 
 @functools.singledispatch
 def of_cotangents(statistic: Any, g: jax.Array) -> jax.Array:
     """Returns the output cotangents of one call, as `of_inputs`, with every in axis 1."""
-    raise TypeError(f"statistic: {type(statistic).__name__} has no rows")
+    raise ValueError(f"{type(statistic).__name__} {NO_ROWS}")
 
 
 def _contracted(value: jax.Array, letters: str, weight: str) -> jax.Array:
@@ -58,18 +57,18 @@ def _(statistic: Contraction, x: jax.Array) -> jax.Array:
         )
     alone = [i for i, c in enumerate(letters) if c not in weight + y]
     kept = "".join(c for i, c in enumerate(letters) if i not in alone)
-    return _contracted(jnp.sum(_wide(x), tuple(alone)), kept, weight)
+    return _contracted(jnp.sum(wide(x), tuple(alone)), kept, weight)
 
 
 @of_cotangents.register
 def _(statistic: Contraction, g: jax.Array) -> jax.Array:
-    return _contracted(_wide(g), statistic.y, statistic.weight)
+    return _contracted(wide(g), statistic.y, statistic.weight)
 
 
 def _patches(x: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
     """Returns what each output position reads, (batch, *outputs, *sizes, channels), or zeros."""
     rank = len(windows)
-    x = _wide(x).reshape(-1, *x.shape[-rank - 1 :])
+    x = wide(x).reshape(-1, *x.shape[-rank - 1 :])
     for axis, window in enumerate(windows):
         # Axes so far: the batch, (size, outputs) for each axis gathered, then what is left.
         reads, at = window.reads(), 1 + 2 * axis
@@ -95,7 +94,7 @@ def _(statistic: Convolution, x: jax.Array) -> jax.Array:
 
 @of_cotangents.register
 def _(statistic: Convolution, g: jax.Array) -> jax.Array:
-    return _wide(g).reshape(-1, *(1,) * (len(statistic.windows) + 1), g.shape[-1])
+    return wide(g).reshape(-1, *(1,) * (len(statistic.windows) + 1), g.shape[-1])
 
 
 @of_inputs.register
@@ -110,7 +109,7 @@ def _(statistic: LocalConvolution, x: jax.Array) -> jax.Array:
 @of_cotangents.register
 def _(statistic: LocalConvolution, g: jax.Array) -> jax.Array:
     rank = len(statistic.windows)
-    return _wide(g).reshape(-1, *g.shape[-rank - 1 : -1], 1, g.shape[-1])
+    return wide(g).reshape(-1, *g.shape[-rank - 1 : -1], 1, g.shape[-1])
 
 
 @of_inputs.register

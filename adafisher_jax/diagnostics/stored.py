@@ -8,9 +8,8 @@ import jax
 from flax import nnx
 
 from adafisher_jax.alike import places
-from adafisher_jax.capture import check_layout
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path
+from adafisher_jax.layout import Layer, Layout, by_path, check_layout
 from adafisher_jax.optimizer import ScaleByAdaFisherState
 from adafisher_jax.rules import Curvature, Scale
 
@@ -81,6 +80,7 @@ def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[La
                 f"opt_state: the momentum of {leaf.path!r} has shape {got}, the layout wants "
                 f"{leaf.shape}: it is of another model, or of several (look under jax.vmap then)"
             )
+    first = {layer.path: layer for layer in own}  # a group has the name of its first layer
     found = list(places(own, state.factors))
     members = collections.Counter(name for _, name, _ in found)
     for index, (layer, name, place) in enumerate(found):
@@ -89,8 +89,7 @@ def of_layers(state: ScaleByAdaFisherState, layout: Layout) -> Iterator[tuple[La
                 f"layout: it has {members[name]} layers like {name!r}, the state has {count}: give "
                 "the layout that the transformation has"
             )
-        first = next(one for one, *at in found if at == [name, 0])
-        scale = state.scales.get(first.leaves[0].path)
+        scale = state.scales.get(first[name].leaves[0].path)
         part = slice(place, place + 1)
         yield (
             layer,

@@ -37,18 +37,13 @@ def make_rule(name: str | Rule, ema: Any = None, damping: Any = None) -> Rule:
         damping. Traced values are not checked.
     """
     if isinstance(name, Rule):
-        ema = name.ema if ema is None else ema
-        damping = name.damping if damping is None else damping
-        return _checked(type(name), ema, damping)
-    if name not in tuple(RULES):
+        rule, default_ema, default_damping = type(name), name.ema, name.damping
+    elif name in tuple(RULES):
+        rule, default_ema, default_damping = RULES[name]
+    else:
         raise ValueError(f"rule: got {name!r}, wanted one of {', '.join(map(repr, RULES))}")
-    rule, default_ema, default_damping = RULES[name]
     ema = default_ema if ema is None else ema
     damping = default_damping if damping is None else damping
-    return _checked(rule, ema, damping)
-
-
-def _checked(rule: type[Rule], ema: Any, damping: Any) -> Rule:
     check_fraction("curvature_ema", ema)
     if _is_known(damping) and not (is_number(damping) and damping >= 0):
         raise ValueError(f"damping: got {damping!r}, wanted a number of at least 0")

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import operator
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from adafisher_jax import execution_order, spectrum
 from adafisher_jax.alike import each
 from adafisher_jax.factors import Axes
-from adafisher_jax.layout import Layer, Leaf
+from adafisher_jax.layout import Layer, Leaf, unstacked
 from adafisher_jax.meshes import everywhere
 from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale, Vectors
 
@@ -63,16 +62,14 @@ class Centered(Rule):
     widest = 128  # the longest shorter side of a weight whose steps have that root mean square
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
-        shape = [1] * leaf.ndim
-        for i, axis in enumerate(at.axes if at else ()):
-            if axis.startswith("stack"):
-                shape[i] = leaf.shape[i]
-        dtype = jnp.promote_types(jnp.finfo(leaf.dtype).dtype, jnp.float32)
+        axes = at.axes if at else ("",) * leaf.ndim
+        square = jax.eval_shape(lambda x: _mean(_squared(x), axes), leaf)
+        zeros = jnp.zeros(square.shape, square.dtype)
         basis = None
         real = jnp.issubdtype(leaf.dtype, jnp.floating)
         if layer and layer.weight == at and layer.kind != "norm" and real:
             basis = spectrum.start(jax.eval_shape(layer.to_matrices, leaf).shape)
-        return Scale(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), basis)
+        return Scale(zeros, zeros, basis)
 
     def scaled(
         self, layer: Layer, curvature: Curvature, centers: bool
@@ -113,8 +110,8 @@ class Centered(Rule):
         """The directions of a few layers, then of the next."""
         steps: list[Pair] = []
         after: list[Pair] = []
-        for part in (slice(i, i + few) for i in range(0, layer.shape[0], few)):
-            of_part = operator.itemgetter(part)
+        for start in range(0, layer.shape[0], few):
+            of_part = functools.partial(_part, layer.shape[0], start, start + few)
             own, *stacked = jax.tree.map(of_part, (curvature, vectors, scales))
             if after:
                 own = own._replace(slot=execution_order.after(own.slot, [after[-1].weight.square]))
@@ -194,9 +191,9 @@ class Centered(Rule):
         pulled = None if cut.pulled is None else layer.from_matrices(cut.pulled) * size
         return flat, pulled, scale
 
-    def step_rms(self, layer: Layer | None) -> Any:
-        """The root mean square of a weight's steps at a learning rate of one."""
-        return self.rms if layer is None else self.rms * self.share(layer)
+    def step_rms(self, layer: Layer) -> float:
+        """The root mean square of the steps of a layer's weight at a learning rate of one."""
+        return self.rms * self.share(layer)
 
     def share(self, layer: Layer) -> float:
         """The size of the steps of a layer's weight, relative to a small layer's."""
@@ -207,9 +204,8 @@ class Centered(Rule):
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
         vector = momentum.ndim < 2
         square = _squared(grad if vector else momentum)
-        square = _average(square, tuple(range(square.ndim)))
-        scale, inverse = self._size(scale, square)
-        return momentum * (inverse if vector else self.step_rms(None) * inverse), scale
+        scale, inverse = self._size(scale, _mean(square, ("",) * square.ndim))
+        return momentum * (inverse if vector else self.rms * inverse), scale
 
     def _of_vectors(self, scale: Scale, grads: jax.Array, axes: Axes) -> tuple[Scale, jax.Array]:
         """`_size` of biases, or of normalization layers' scales or shifts."""
@@ -229,6 +225,12 @@ class Centered(Rule):
     def size(self, layer: Layer, scale: Scale | None) -> Any:
         assert scale is not None
         return (1 if layer.kind == "norm" else self.step_rms(layer)) * _inverse_rms(scale)
+
+
+def _part(layers: int, start: int, stop: int, values: Any) -> Any:
+    """The values of some layers of a group. Each has one, or one for each of its matrices."""
+    count = len(values) // layers
+    return values[start * count : stop * count]
 
 
 def _preconditioned(
@@ -264,8 +266,7 @@ def _squared(x: jax.Array) -> jax.Array:
 
 def _mean(values: jax.Array, axes: Axes) -> jax.Array:
     """The average of each stacked layer; the other axes stay as 1."""
-    within = tuple(i for i, axis in enumerate(axes) if not axis.startswith("stack"))
-    return _average(values, within)
+    return _average(values, unstacked(axes))
 
 
 def _average(values: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from adafisher_jax.alike import each
 from adafisher_jax.factors import Factor, extremes
-from adafisher_jax.layout import Layer, Leaf
+from adafisher_jax.layout import Layer, Leaf, unstacked
 
 
 class Curvature(NamedTuple):
@@ -106,7 +106,6 @@ class Rule:
         )
 
     nesterov = False  # whether a step uses the momentum one step ahead, along the same gradient
-    exponent = 1.0  # the power of `damped` by which the momentum is divided
 
     def start(self, layer: Layer, dtype: Any) -> Curvature:
         """The averages before the first refresh."""
@@ -131,10 +130,6 @@ class Rule:
         (h, s, _, _), slot, _ = curvature
         return h, slot, s
 
-    def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
-        """The Fisher term with the damping in it."""
-        return h * s + self.damping
-
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         """The `Scale` a parameter starts with, or None; `at` is its stacked leaf in a layer."""
         return None
@@ -152,6 +147,14 @@ class Rule:
         """The same for one parameter outside every layer."""
         return momentum, scale
 
+    # What a step divides by, in words for reports: no step reads these three.
+
+    exponent = 1.0  # the power of `damped` by which the momentum is divided
+
+    def damped(self, layer: Layer, h: jax.Array, s: jax.Array) -> jax.Array:
+        """The Fisher term with the damping in it."""
+        return h * s + self.damping
+
     def size(self, layer: Layer, scale: Scale | None) -> Any:
         """The factor that multiplies the preconditioned momentum of a layer's weight."""
         return 1.0
@@ -166,8 +169,8 @@ def blend(
     add: Any,
 ) -> tuple[Curvature, Outcome]:
     """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
-    within = tuple(i for i, axis in enumerate(layer.axes) if not axis.startswith("stack"))
     h, s, _, mean = jax.lax.stop_gradient(fresh)
+    within = unstacked(layer.axes)
     finite = jnp.isfinite(fresh.rows).reshape(layer.stack_shape)
     for parts in ((h, mean), (s,)):
         if parts[0].size:  # the extremes of nothing are infinite

@@ -1,10 +1,12 @@
 """The models of the problems that are no other example's; all take `train` as a second argument."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
+from flax import nnx
 
 from benchmarks import models
 
@@ -61,16 +63,32 @@ class VisionTransformer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Of heads of 32 features, with Flax's own initializers."""
+    """Of heads of 32 features, with Flax's own initializers; `tied`, `scanned`: as in `models`."""
 
     vocabulary: int
     layers: int
     width: int
+    tied: bool = False
+    scanned: bool = False
 
     @nn.compact
     def __call__(self, tokens, train):
-        heads = self.width // 32
-        return models.Transformer(self.layers, self.width, self.vocabulary, heads)(tokens)
+        sizes = self.layers, self.width, self.vocabulary, self.width // 32
+        return models.Transformer(*sizes, self.tied, self.scanned)(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class InNNX:
+    """An NNX model with the two methods of a Linen module that a problem calls."""
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+
+    def init(self, key, x, train):
+        return {"params": nnx.state(self.make(nnx.Rngs(key)), nnx.Param)}
+
+    def apply(self, variables, x, train, mutable):
+        graph = nnx.graphdef(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))))
+        return nnx.merge(graph, variables["params"])(x), {}
 
 
 class LSTM(nn.Module):

@@ -5,12 +5,11 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from benchmarks.study.models import LSTM, MLP, ConvNet, DigitsCNN, VisionTransformer
 from examples.image_classification import formats
@@ -40,12 +39,13 @@ class Problem:
     """A model, its data and loss, and how long and in which batches it is trained.
 
     Attributes:
+      model: a Linen module, or what has its `init` and `apply`.
       read: of the folder of data sets: the data.
       loss: of outputs and targets, the mean over a batch.
       measured: how many examples of each split, at most, tell the end of a run.
     """
 
-    model: nn.Module
+    model: Any
     read: Callable[[pathlib.Path], Data]
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     batch: int

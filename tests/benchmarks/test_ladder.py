@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks import ladder
@@ -66,6 +68,18 @@ def test_rows_hold_means_over_seeds_and_what_the_recommended_rate_loses():
     assert (row["best_rate"], row["best_loss"], row["held_out_loss"]) == (1e-2, 1.5, 3.0)
     assert (row["at_recommended"], row["lost"], row["seeds"]) == (3.0, 1.0, 2)
     assert (row["ladder"], row["size"]) == ("mlp", 256)
+
+
+def test_the_mlp_in_nnx_computes_what_that_in_linen_does():
+    linen, in_nnx = (RUNGS[f"{name} 64"].model for name in ("mlp", "nnx"))
+    key, x = jax.random.key(0), np.linspace(-1, 1, 2 * 768, dtype=np.float32).reshape(2, 768)
+    variables = linen.init(key, x, False)
+    params = jax.tree.unflatten(
+        jax.tree.structure(in_nnx.init(key, x, False)["params"]), jax.tree.leaves(variables)
+    )
+    outputs, changed = in_nnx.apply({"params": params}, x, False, mutable=[])
+    np.testing.assert_allclose(outputs, linen.apply(variables, x, False), rtol=1e-6)
+    assert changed == {}
 
 
 class Found(dict):

@@ -83,3 +83,9 @@ def test_groups_along_another_axis_are_listed(problem):
 
     (row,) = af.trace_layout(loss, params, x, sizes).uncovered
     assert "ragged groups" in row.reason
+
+
+def test_experts_have_no_whole_factors(problem):
+    layout = af.trace_layout(ragged, *problem)
+    with pytest.raises(ValueError, match="Groups has no whole factors here: leave its layer out"):
+        af.diagnostics.full_factors(ragged, layout)(*problem)

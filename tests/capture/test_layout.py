@@ -4,7 +4,9 @@ import copy
 import functools
 import pickle
 import re
+from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -241,3 +243,39 @@ def test_uncovered_parameters_say_why():
         assert found.layers == ()
         assert all(word in row.reason for row in found.uncovered)
         assert len(found.uncovered) == len(jax.tree.leaves(params))
+
+
+@flax.struct.dataclass
+class Heads:
+    policy: Any
+    value: Any
+
+
+def test_a_field_called_value_is_a_part_of_its_path():
+    """As the attribute of a variable of Flax's, which holds an array, it is none."""
+    dense, x = nn.Dense(2), jnp.ones((4, 3))
+    variables = dense.init(jax.random.key(0), x)
+
+    def marked(heads, x):
+        return jnp.sum(dense.apply(heads.policy, x) * dense.apply(heads.value, x))
+
+    def plain(heads, x):
+        return jnp.sum((x @ heads.policy["w"]) * (x @ heads.value["w"]))
+
+    def paths(loss, leaf):
+        return [layer.path for layer in af.trace_layout(loss, Heads(leaf, leaf), x).layers]
+
+    assert paths(marked, variables) == ["policy/params", "value/params"]
+    assert paths(plain, {"w": jnp.ones((3, 2))}) == ["policy", "value"]
+
+
+def test_a_layer_whose_parameters_are_missing_has_no_rows():
+    params = {"a": {"w": jnp.ones((3, 2))}, "b": {"w": jnp.ones((3, 2))}}
+    x = jnp.ones((4, 3))
+
+    def loss(params, x):
+        return sum(jnp.sum(x @ layer["w"]) for layer in params.values())
+
+    layout = af.trace_layout(loss, params, x)
+    _, _, factors = af.value_and_grad(loss, layout)({"a": params["a"]}, x)
+    assert {path: factor.rows.item() for path, factor in factors.items()} == {"a": 4, "b": 0}

@@ -211,3 +211,20 @@ def test_a_model_that_grew_is_refused(wrt):
     model.more = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"does not know the parameters 'more/bias'.*Trace it"):
         af.nnx.value_and_grad(loss_of, layout)(model, inputs_of(X))
+
+
+def test_diagnostics_take_the_module_whatever_the_filter():
+    model, x = random_model(Adapted), inputs_of(X)
+    layout = af.nnx.trace_layout(loss_of, model, x, wrt=nnx.LoRAParam)
+    paths = ["base/lora/lora_a", "base/lora/lora_b"]
+    assert [*af.diagnostics.full_factors(loss_of, layout)(model, x)] == paths
+    tx = af.adafisherw(1e-3, layout, rule="centered")
+    params = nnx.state(model, nnx.LoRAParam)
+    _, grads, factors = af.nnx.value_and_grad(loss_of, layout)(model, x)
+    updates, state = tx.update(grads, tx.init(params), params, factors=factors)
+    report = functools.partial(
+        af.diagnostics.report, state, layout, rule="centered", updates=updates
+    )
+    of_module, of_params = report(params=model), report(params=params)
+    assert [*of_module] == paths
+    jax.tree.map(np.testing.assert_array_equal, of_module, of_params)

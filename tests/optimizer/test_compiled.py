@@ -1,5 +1,6 @@
 """What the compiled programs are made of: no timings, only structure."""
 
+import dataclasses
 import re
 
 import chex
@@ -13,6 +14,7 @@ from flax import linen as nn
 import adafisher_jax as af
 from adafisher_jax import alike
 from adafisher_jax.rules import centered
+from tests.support.hand_made import LAYERS, layout_of, random_factors, random_tree
 
 RULES = ["paper", "official", "centered"]
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\S+?\[[\d,]*\])\S* ([a-z-]+)\(", re.M)
@@ -131,6 +133,31 @@ def test_a_cpu_steps_a_group_a_few_layers_at_a_time(monkeypatch):
     (few, one), (all_, other) = found
     assert few < 0.6 * all_
     chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+def namesake(layer, name):
+    """A layer that differs from another in nothing but its path."""
+
+    def renamed(leaf):
+        return leaf and dataclasses.replace(leaf, path=f"{name}/{leaf.path}")
+
+    leaves = map(renamed, (layer.weight, layer.bias))
+    return af.Layer(f"{name}/{layer.path}", layer.kind, *leaves, layer.groups)
+
+
+@pytest.mark.parametrize("kind", ["batch", "groups", "stacks"])
+def test_layers_of_several_matrices_step_alike_in_parts_and_together(kind, monkeypatch):
+    three = [namesake(LAYERS[kind], name) for name in "abc"]
+    rng = np.random.default_rng(0)
+    grads, factors = random_tree(rng, *three), random_factors(rng, *three)
+    tx = af.scale_by_adafisher(layout_of(*three), rule="centered")
+    found = []
+    for at_once in (centered.AT_ONCE, 2 * three[0].leaves[0].size):
+        monkeypatch.setattr(centered, "AT_ONCE", at_once)
+        jax.clear_caches()
+        _, state = tx.update(grads, tx.init(grads), factors=factors)
+        found.append(tx.update(grads, state, factors=None))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def grads_programs(model, x):

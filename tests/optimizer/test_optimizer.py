@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from adafisher_jax import optimizer
 from tests.support.every_rule import every_rule
 from tests.support.hand_made import (
     curvatures,
@@ -420,3 +421,18 @@ def test_the_losss_scale_drops_out(rule, grows):
     for scale in (1e-6, 1e6):
         expected = jax.tree.map(lambda a, c=scale if grows else 1: c * a, step(1.0))
         close(step(scale), expected, rtol=1e-3, atol=1e-5 * (scale if grows else 1))
+
+
+def test_parameters_outside_layers_are_stepped_in_the_order_of_the_tree(monkeypatch):
+    """Otherwise each process would have a program of its own, and find none in a cache on disk."""
+    order = []
+
+    def step(rule, b1, correction, mu, grad, scale):
+        order.append(len(grad))
+        return mu, grad, scale
+
+    monkeypatch.setattr(optimizer, "step_alone", step)
+    grads = {f"parameter {n}": jnp.ones(n) for n in range(1, 10)}
+    tx = af.scale_by_adafisher(None, rule="centered")
+    tx.update(grads, tx.init(grads))
+    assert order == sorted(order)

@@ -9,27 +9,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.core.meta import AxisMetadata
 
 from adafisher_jax.factors import Axes, Factor
 
+Named = list[tuple[tuple[str, ...], Any]]
 
-def path_of(keys: tuple[Any, ...]) -> str:
-    """Returns a pytree path as this package writes it, without the `.value` of a boxed leaf.
+
+def named_leaves(tree: Any) -> Named:
+    """Returns a tree's leaves in order, each with the names of the keys on its way.
+
+    The `.value` of an array that Flax keeps in a box (`nnx.Variable`, `nn.Partitioned`) is no name.
 
     Example:
-      >>> import jax
-      >>> [(keys, _)] = jax.tree_util.tree_leaves_with_path({"encoder": {"kernel": 1.0}})
-      >>> path_of(keys)
-      'encoder/kernel'
+      >>> named_leaves({"encoder": {"kernel": 1.0}})
+      [(('encoder', 'kernel'), 1.0)]
     """
-    return "/".join(names_of(keys))
 
+    def is_box(node: Any) -> bool:
+        return isinstance(node, nnx.Variable | AxisMetadata)
 
-def names_of(keys: tuple[Any, ...]) -> tuple[str, ...]:
-    """Returns the names that `path_of` joins."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+    found = []
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
+        for own, leaf in jax.tree_util.tree_leaves_with_path(node):
+            own = () if is_box(node) and own == (jax.tree_util.GetAttrKey("value"),) else own
+            names = (jax.tree_util.keystr((key,), simple=True) for key in (*keys, *own))
+            found.append((tuple(names), leaf))
+    return found
 
 
 def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -38,13 +45,13 @@ def by_path(tree: Any) -> tuple[dict[str, Any], Any]:
     Raises:
       ValueError: if two leaves have the same path.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    found = {path_of(keys): leaf for keys, leaf in leaves}
+    leaves = named_leaves(tree)
+    paths = ["/".join(names) for names, _ in leaves]
+    found = {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True)}
     if len(found) < len(leaves):
-        paths = [path_of(keys) for keys, _ in leaves]
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"two arrays have the same path {twice!r}: a key contains '/'")
-    return found, treedef
+    return found, jax.tree.structure(tree)
 
 
 def check_floating(leaves: Mapping[str, Any]) -> None:
@@ -377,7 +384,7 @@ def check_state(state: Any, wanted: Any) -> None:
       ValueError: if a path is in only one of the two, or has another shape.
     """
     got, want = (
-        {path_of(keys): jnp.shape(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        {"/".join(names): jnp.shape(leaf) for names, leaf in named_leaves(tree)}
         for tree in (state, wanted)
     )
     for path in sorted([*want, *got], key=lambda path: path in got and path in want):

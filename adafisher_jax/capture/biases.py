@@ -11,19 +11,19 @@ def add_to_output(operands: Origins, found: Found) -> Origin | None:
     The bias of a sum of two products belongs to the first.
     """
     first, *others = [x for x in operands if x and x.is_output]
-    for x in operands:
-        if x and x.is_parameter:
-            _pair(first, x, found)
-    return first if others else computed_from(operands, COMPUTED)
+    left = [x for x in operands if not (x and x.is_parameter and _pair(first, x, found))]
+    return first if others else computed_from(left, COMPUTED)
 
 
-def _pair(output: Origin, bias: Origin, found: Found) -> None:
-    """Makes `bias` the bias of the product with this output, if its axes allow that."""
+def _pair(output: Origin, bias: Origin, found: Found) -> bool:
+    """Makes `bias` that of the product with this output; returns whether it can be."""
+    paired = False
     for i, product in enumerate(found):
         if isinstance(product, Product) and product.place == output.source:
             axes = _bias_axes(product, output, bias)
             if axes is not None and product.bias is None:
-                found[i] = product._replace(bias=bias, bias_axes=axes)
+                found[i], paired = product._replace(bias=bias, bias_axes=axes), True
+    return paired
 
 
 def _bias_axes(
@@ -36,6 +36,8 @@ def _bias_axes(
         return None
     if product.linear.kind == "embedding":
         return None
+    if bias.scaled or (weight.scaled and not weight.mixed):
+        return None  # the input of a bias is one, in the units of its weight's inputs
     of_output = [() if i is None else weight.axes[i] for i in outputs]
     matched: dict[int, int] = {}
     for axis, of_bias in zip(output.axes, bias.axes, strict=True):

@@ -20,7 +20,7 @@ from adafisher_jax.capture.reach import places_reached
 from adafisher_jax.capture.uses import Uses, read_uses
 from adafisher_jax.capture.watch import watching
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path, check_floating
+from adafisher_jax.layout import Layer, Layout, by_path, check_floating, named_leaves
 from adafisher_jax.tap import Statistic, vary_like
 
 
@@ -69,7 +69,7 @@ def _trace(loss_fn: Callable[..., Any], first: Any, leaves: list[Any], rest: Any
 
     parameters, _ = by_path(first)
     check_floating(parameters)
-    named, _ = jax.tree_util.tree_flatten_with_path(first)
+    named = named_leaves(first)
     with watching(), jax.disable_jit(False):  # an unrolled loop would hide the layers of slices
         traced = jax.make_jaxpr(program)(first)
     treedef, untraced = outputs

@@ -22,22 +22,20 @@ from jax.extend import core
 from adafisher_jax.capture import pieces, products
 from adafisher_jax.capture.biases import add_to_output
 from adafisher_jax.capture.found import (
-    COMPLEX,
     MARKED,
     RECOMPUTED,
     Found,
     Mark,
-    Product,
     Refusal,
     without_probe,
 )
+from adafisher_jax.capture.multiplied import multiply
 from adafisher_jax.capture.origins import (
     ARRAY_OPS,
     COMPUTED,
     SUMS,
     Origin,
     Origins,
-    combined,
     common,
     computed_from,
     of_array_op,
@@ -45,10 +43,7 @@ from adafisher_jax.capture.origins import (
     stretched,
 )
 from adafisher_jax.capture.places import Place, bodies
-from adafisher_jax.capture.products import Linear
 from adafisher_jax.tap import Operands, tap_p
-
-_OF_PARAMETERS = "multiplied by another parameter before any data"
 
 
 def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
@@ -94,13 +89,18 @@ class _Around(NamedTuple):
 
 def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -> Origins:
     """Returns the origins of a program's outputs; appends the uses in it to `found`."""
-    origins: dict[core.Var, Origin | None] = dict(zip(jaxpr.invars, inputs, strict=True))
     reads = collections.Counter(
         var
         for atoms in (jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns))
         for var in atoms
         if isinstance(var, core.Var)
     )
+
+    def of_one_use(var: core.Var, one: Origin | None) -> Origin | None:
+        """A bias would be added to one of several uses of an output."""
+        return settled([one])[0] if reads[var] > 1 else one
+
+    origins = {v: of_one_use(v, one) for v, one in zip(jaxpr.invars, inputs, strict=True)}
 
     def origin(atom: Any) -> Origin | None:
         return None if isinstance(atom, core.Literal) else origins.get(atom)
@@ -124,10 +124,13 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
             outputs = _follow_while(eqn, operands, found, run)
         elif name == "shard_map":
             (outputs,) = run(_unsharded(eqn, operands), found)
-        elif branches := run(settled(operands[1:]) if name == "cond" else operands, found):
+        elif branches := run(_entering(name, operands), found):
             outputs = [common(list(branch)) for branch in zip(*branches, strict=True)]
+            outputs = settled(outputs) if name.startswith("custom_") else outputs
         elif name in products.READERS:
-            outputs = [_multiply(eqn, operands, found, around.inside, here)]
+            uses, output = multiply(eqn, operands, here.place, around.inside, here.derived)
+            found += uses
+            outputs = [output]
         elif name in SUMS and any(x and x.is_output for x in operands):
             outputs = [add_to_output(stretched(operands, eqn), found)]
         else:
@@ -146,10 +149,15 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
                 one = None
             elif one and not one.lost and len(one.axes) != len(aval.shape):
                 one = computed_from([one], COMPUTED)
-            elif one and reads[var] > 1:  # a bias would be added to one of several uses
-                (one,) = settled([one])
-            origins[var] = one
+            origins[var] = of_one_use(var, one)
     return [origin(atom) for atom in jaxpr.outvars]
+
+
+def _entering(name: str, operands: Origins) -> Origins:
+    """Returns the origins of the inputs of called programs, in which no bias may be added."""
+    if name == "cond":
+        return settled(operands[1:])
+    return settled(operands) if name.startswith("custom_") else operands
 
 
 def _run(eqn: core.JaxprEqn, here: _Around, inputs: Origins, found: Found) -> list[Origins]:
@@ -176,51 +184,6 @@ def _marked(output: Origin | None, mark: Mark) -> Origin | None:
         return output
     left = output.parameters - own
     return dataclasses.replace(output, behind=left) if left else None
-
-
-def _multiply(
-    eqn: core.JaxprEqn, operands: Origins, found: Found, inside: tuple[str, ...], here: _Around
-) -> Origin | None:
-    """Returns the origin of a product's output; appends the product if it has one parameter."""
-    weights = _weights(operands[:2])
-    if len(weights) == 1:
-        (i,) = weights
-        weight = operands[i]
-        assert weight is not None
-        assert isinstance(weight.source, int)
-        aval: Any = eqn.outvars[0].aval
-        is_complex = jnp.issubdtype(aval.dtype, jnp.complexfloating)
-        linear = COMPLEX if is_complex else products.READERS[eqn.primitive.name](eqn, i)
-        if isinstance(linear, Linear) and linear.scales:
-            axes = tuple(weight.axes[j] for j in linear.outputs)  # type: ignore[index]
-            operands[i] = dataclasses.replace(weight, axes=axes)
-            return combined(operands, scaled=True)
-        if isinstance(linear, Linear):
-            linear = products.keep_apart(linear, weight.axes)
-            found.append(Product(linear, weight, here.place, inside, here.derived))
-            return Origin(here.place, pieces.whole(aval.shape), frozen=weight.frozen)
-        found.append(Refusal(weight.source, linear, here.place, not here.derived))
-    for x, other in (operands[:2], operands[1::-1]):
-        if len(weights) == 2 and x and isinstance(x.source, int):
-            found.append(Refusal(x.source, _OF_PARAMETERS, here.place, False))
-        elif not weights and x and x.lost:
-            with_data = other is None or other.parameters != x.parameters
-            outweighs = with_data and not here.derived
-            found += [Refusal(i, x.lost, here.place, outweighs) for i in sorted(x.behind)]
-    return computed_from(operands, COMPUTED)
-
-
-def _weights(operands: Origins) -> list[int]:
-    """Returns which of two operands are parameters in the sense of a product.
-
-    If both come from parameters, some count as data: a frozen parameter, copies of a parameter, and
-    a parameter that was scaled or shifted by element, as the inputs of a single example may be.
-    """
-    found = [i for i, x in enumerate(operands) if x and x.is_parameter]
-    for is_data in (lambda x: x.frozen, lambda x: x.repeated, lambda x: x.mixed):
-        if len(found) == 2:
-            found = [i for i in found if not is_data(operands[i])] or found
-    return [i for i in found if not (operands[i].repeated and operands[i].mixed)]  # type: ignore[union-attr]
 
 
 Run = Callable[[Origins, Found], list[Origins]]

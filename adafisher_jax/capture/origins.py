@@ -35,6 +35,8 @@ class Origin:
       sliced: the axes of the source that were sliced away, in order.
       frozen: whether the array passed through `stop_gradient`.
       mixed: whether the array was combined by element with other arrays (a mask, noise).
+      varied: whether it was so along axes that the source does not have.
+      scaled: whether the array was multiplied by a number or by another array.
       lost: why the array is no longer the source or a slice of it; empty if it is.
       behind: if the array is lost, the positions of the parameters that it was computed from and
         that are not frozen.
@@ -45,6 +47,8 @@ class Origin:
     sliced: tuple[Slice, ...] = ()
     frozen: bool = False
     mixed: bool = False
+    varied: bool = False
+    scaled: bool = False
     lost: str = ""
     behind: frozenset[int] = frozenset()
 
@@ -71,6 +75,11 @@ class Origin:
     @property
     def repeated(self) -> bool:
         return any(map(pieces.repeated, self.axes))
+
+    @property
+    def extended(self) -> tuple[int, ...]:
+        """The axes that the source does not have; one of length one may be one of many."""
+        return tuple(i for i, axis in enumerate(self.axes) if not axis or pieces.repeated(axis))
 
     def drop(self, axis: int, loop: Place) -> "Origin | None":
         """Returns the origin of one slice along `axis`."""
@@ -131,7 +140,10 @@ def of_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
     operands = stretched(settled(operands), eqn)
     if name == "div" and (divisor := operands[1]) and not divisor.frozen:
         return [computed_from(operands, _TRANSFORMED)]
-    return [combined(operands, scaled=name in _SCALING)]
+    numbers = all(
+        isinstance(a, core.Literal) or x for a, x in zip(eqn.invars, operands, strict=True)
+    )
+    return [combined(operands, scaled=name in _SCALING, mixed=not numbers)]
 
 
 def settled(origins: Origins) -> Origins:
@@ -185,15 +197,26 @@ def computed_from(origins: Origins, why: str) -> Origin | None:
     )
 
 
-def combined(origins: Origins, scaled: bool) -> Origin | None:
+def combined(origins: Origins, scaled: bool, mixed: bool = True) -> Origin | None:
     """Returns the origin of an elementwise combination: that of its one parameter.
 
     Frozen operands count as data. Operands that are added count as data too, such as a gradient
-    step: the sum moves with the parameter. Operands that scale a parameter must be data.
+    step: the sum moves with the parameter. Operands that scale a parameter must be data. Without
+    any other array (`mixed`) only numbers are combined with it.
     """
     behind = [x for x in origins if x]
-    exact = {dataclasses.replace(x, mixed=True) for x in behind if not x.lost}
-    exact = {x for x in exact if not x.frozen} or exact
+    known = [x for x in behind if not x.lost]
+    known = [x for x in known if not x.frozen] or known
+    mixed = mixed or len(behind) > 1
+    exact = {
+        dataclasses.replace(
+            x,
+            mixed=mixed or any(y.mixed for y in known),
+            varied=any(y.varied or (mixed and bool(y.extended)) for y in known),
+            scaled=scaled or any(y.scaled for y in known),
+        )
+        for x in known
+    }
     live = sum(not x.frozen for x in behind)
     if len(exact) != 1 or (scaled and live > 1):
         return computed_from(origins, _TRANSFORMED)

@@ -122,6 +122,28 @@ def keep_apart(linear: Linear, weight: Axes) -> Linear:
     return linear._replace(statistic=statistic, groups=linear.groups // apart, apart=apart)
 
 
+def without_copies(linear: Linear, weight: Axes) -> tuple[Linear, Axes]:
+    """Takes copies of a weight, each with rows of its own, for one weight with all their rows.
+
+    `vmap` makes them where it maps a weight that is combined with mapped data.
+
+    Args:
+      linear: any linear map; only one of a `Contraction` is changed.
+      weight: the axes of the weight in terms of the whole parameter's.
+    """
+    map_ = linear.statistic
+    if not isinstance(map_, Contraction):
+        return linear, weight
+    kept = [
+        i
+        for i, (axis, role) in enumerate(zip(weight, map_.weight_axes, strict=True))
+        if not (role.startswith("batch") and axis and all(p.axis is None for p in axis))
+    ]
+    letters = "".join(map_.weight[i] for i in kept)
+    statistic, outputs = _contraction(map_.x, letters, map_.y)
+    return linear._replace(statistic=statistic, outputs=outputs), tuple(weight[i] for i in kept)
+
+
 def _gather(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     """Reads a lookup of whole rows along one axis."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]

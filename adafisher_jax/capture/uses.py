@@ -6,17 +6,24 @@ argument. The result is the `Layout`, and where in the program the statistics of
 
 import collections
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from adafisher_jax.capture.found import RECOMPUTED, Found, Mark, Product, Refusal, without_probe
+from adafisher_jax.capture.found import (
+    OF_PARAMETERS,
+    RECOMPUTED,
+    Found,
+    Mark,
+    Product,
+    Refusal,
+    without_probe,
+)
 from adafisher_jax.capture.origins import COMPUTED, REARRANGED, Origin
 from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
 from adafisher_jax.factors import Axes
-from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered, names_of, path_of
+from adafisher_jax.layout import Layer, Layout, Leaf, Named, Uncovered
 from adafisher_jax.statistics import numbered
 
 
@@ -36,13 +43,13 @@ class Uses(NamedTuple):
     refused: dict[str, str]
 
 
-def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]]) -> Uses:
+def read_uses(found: Found, reached: set[Place], named: Named) -> Uses:
     """Matches the uses of parameters with the parameters.
 
     Args:
       found: the uses in a traced loss.
       reached: the places that the loss depends on.
-      named: the leaves of the loss's first argument, with their pytree paths.
+      named: the leaves of the loss's first argument, each after the names on its path.
 
     Raises:
       ValueError: if there is no use at all, or if layers of two kinds share a parameter.
@@ -54,8 +61,10 @@ def read_uses(found: Found, reached: set[Place], named: Sequence[tuple[Any, Any]
                 reader.add_refusal(use, use.place in reached)
             case Mark():
                 reader.add_mark(use, use.place in reached)
-            case Product():
+            case Product(beside=None):
                 reader.add_product(use, use.place in reached)
+            case Product():
+                reader.undecided.append((use, use.place in reached))
     if not found:
         raise ValueError(
             "the capture met no layer: the loss calls no Flax layer and multiplies none of its "
@@ -99,12 +108,14 @@ class _Found(NamedTuple):
 class _Reader:
     """Collects the uses of each weight and decides which layers are covered."""
 
-    def __init__(self, named: Sequence[tuple[Any, Any]]):
+    def __init__(self, named: Named):
         self.named = named
+        self.paths = ["/".join(names) for names, _ in named]
         self.found: dict[int, list[_Found]] = {}
         self.unused: dict[int, str] = {}
         self.reasons: dict[int, str] = {}  # why a use of a parameter is no layer
         self.problems: dict[int, str] = {}  # reasons that hold whatever other uses there are
+        self.undecided: list[tuple[Product, bool]] = []  # products of two parameters
 
     def add_refusal(self, use: Refusal, reached: bool) -> None:
         """Notes a use that cannot be captured."""
@@ -154,7 +165,7 @@ class _Reader:
         assert isinstance(origin.source, int)
         if not reached or (origin.frozen and origin.mixed):
             return
-        keys, array = self.named[origin.source]
+        names, array = self.named[origin.source]
         problem = _problem(product.inside, origin)
         inner = linear.statistic.weight_axes
         axes = None if problem else _source_axes(inner, origin, array.ndim, linear.apart)
@@ -163,8 +174,8 @@ class _Reader:
             outweighs = not product.derived and not origin.frozen
             self.add_refusal(Refusal(origin.source, why, product.place, outweighs), reached)
             return
-        leaf = Leaf(path_of(keys), jnp.shape(array), axes)
-        weight = _Parameter(origin.source, leaf, "/".join(names_of(keys)[:-1]), origin, "")
+        leaf = Leaf(self.paths[origin.source], jnp.shape(array), axes)
+        weight = _Parameter(origin.source, leaf, "/".join(names[:-1]), origin, "")
         layer = Layer(
             weight.layer_path, linear.kind, leaf, self._bias(product, leaf), linear.groups
         )
@@ -179,7 +190,7 @@ class _Reader:
         if product.bias is None:
             return None
         assert isinstance(product.bias.source, int)
-        keys, array = self.named[product.bias.source]
+        _, array = self.named[product.bias.source]
         names = {mine: weight.axes[its] for mine, its in product.bias_axes}
         names |= {s.axis: f"stack{i}" for i, s in enumerate(product.bias.sliced)}
         axes = tuple(names.get(i, "") for i in range(array.ndim))
@@ -189,7 +200,7 @@ class _Reader:
             sizes.get(a, 1) != n for a, n in zip(axes, array.shape, strict=True)
         ):
             return None
-        return Leaf(path_of(keys), jnp.shape(array), axes)
+        return Leaf(self.paths[product.bias.source], jnp.shape(array), axes)
 
     def _add(self, main: _Parameter, found: _Found) -> None:
         self.found.setdefault(main.position, []).append(found)
@@ -200,21 +211,32 @@ class _Reader:
             return None
         if origin.frozen and (origin.mixed or origin.lost):
             return None  # as an averaged teacher: no gradient reaches the parameter
-        keys, array = self.named[origin.source]
+        names, array = self.named[origin.source]
         problem = mark.use.problem or origin.lost or _problem(mark.inside, origin)
         own = () if problem else _named_axes(axes, origin, array.ndim)
         if own is None:
             problem = REARRANGED
-        leaf = Leaf(path_of(keys), jnp.shape(array), own or ())
-        path = "/".join(_holder(names_of(keys), name))
+        leaf = Leaf(self.paths[origin.source], jnp.shape(array), own or ())
+        path = "/".join(_holder(names, name))
         return _Parameter(origin.source, leaf, path, origin, problem)
+
+    def _decide(self) -> None:
+        """Adds the products of two parameters of which one is multiplied by data elsewhere."""
+        weights = {i for i, found in self.found.items() if not all(f.origin.frozen for f in found)}
+        for product, reached in self.undecided:
+            source = product.weight.source
+            if source in weights and product.beside not in weights:
+                self.add_product(product, reached)
+            elif isinstance(source, int):
+                self.add_refusal(Refusal(source, OF_PARAMETERS, product.place, False), reached)
 
     def finish(self) -> Uses:
         """Returns the layout of all uses that were added, and where to take statistics."""
+        self._decide()
         covered: dict[int, Layer] = {}
         completions: dict[Place, Completion] = {}
         chosen = {
-            position: _describing(found)
+            position: _describing([self._with_sound_bias(f) for f in found])
             for position, found in self.found.items()
             if position not in self.problems
         }
@@ -240,14 +262,20 @@ class _Reader:
             if holders[layer.path] > 1:  # several layers in one module: the path is the weight's
                 covered[position] = dataclasses.replace(layer, path=layer.leaves[0].path)
         layers = {layer.path: layer for layer in covered.values()}
+        if len(layers) < len(covered):
+            count = collections.Counter(layer.path for layer in covered.values())
+            raise ValueError(
+                f"two layers have the same path {max(count, key=count.__getitem__)!r}: a key "
+                "contains '/'"
+            )
         sources = {layer.leaves[0].path: position for position, layer in covered.items()}
         inside = {leaf.path for layer in layers.values() for leaf in layer.leaves}
         refused = self.reasons | self.problems
         reasons = self.unused | refused
         outside = {
             path: (position, Leaf(path, jnp.shape(array)))
-            for position, (keys, array) in enumerate(self.named)
-            if (path := path_of(keys)) not in inside
+            for position, (path, (_, array)) in enumerate(zip(self.paths, self.named, strict=True))
+            if path not in inside
         }
         uncovered = tuple(
             Uncovered(leaf, reasons.get(position, COMPUTED)) for position, leaf in outside.values()
@@ -256,11 +284,16 @@ class _Reader:
         met = {path: refused[i] for path, (i, _) in outside.items() if i in refused}
         return Uses(layout, sources, completions, met)
 
+    def _with_sound_bias(self, found: _Found) -> _Found:
+        """Takes a bias away that has another use, for which there is no layer."""
+        bias = found.layer.bias
+        if bias is None or bias.path not in (self.paths[i] for i in self.problems):
+            return found
+        return found._replace(layer=dataclasses.replace(found.layer, bias=None))
+
     def _refuse(self, found: list[_Found], why: str) -> None:
         paths = {leaf.path for f in found for leaf in f.layer.leaves}
-        for position, (keys, _) in enumerate(self.named):
-            if path_of(keys) in paths:
-                self.problems[position] = why
+        self.problems |= {i: why for i, path in enumerate(self.paths) if path in paths}
 
 
 def _problem(inside: tuple[str, ...], origin: Origin) -> str:

@@ -94,6 +94,7 @@ def sharded(spec, body):
     )(w).sum()
 
 
+MASKED = whole(mixed=True, scaled=True)
 HANDED_ON = {
     "as it is": (lambda w, x: used(w), whole()),
     "jit": (lambda w, x: jax.jit(used)(w), whole()),
@@ -102,7 +103,7 @@ HANDED_ON = {
     "grad": (lambda w, x: jax.grad(used)(w), whole()),
     "vjp": (lambda w, x: jax.vjp(used, w)[1](1.0), whole()),
     "linearize": (lambda w, x: jax.linearize(used, w)[1](w), whole()),
-    "jit, out again": (lambda w, x: used(jax.jit(lambda w: w * 1.0)(w)), whole(mixed=True)),
+    "jit, out again": (lambda w, x: used(jax.jit(lambda w: w * 1.0)(w)), whole(scaled=True)),
     "container": (lambda w, x: used(jax.tree.map(lambda a: a, {"a": [w]})["a"][0]), whole()),
     "cast": (lambda w, x: used(w.astype(jnp.bfloat16)), whole()),
     "stop_gradient": (lambda w, x: used(lax.stop_gradient(w)), whole(frozen=True)),
@@ -117,18 +118,18 @@ HANDED_ON = {
     "put elsewhere": (lambda w, x: used(jax.device_put(w)), whole()),
     "second input": (lambda w, x: used(x), Origin(1, axes(0, shape=(5,)))),
     # Combined with other arrays, element by element.
-    "mask": (lambda w, x: used(w * jnp.ones((4, 3, 2))), whole(mixed=True)),
-    "its own mask": (lambda w, x: used(w * (w > 0)), whole(mixed=True)),
-    "scaled": (lambda w, x: used(2 * w), whole(mixed=True)),
-    "where": (lambda w, x: used(jnp.where(jnp.ones((4, 3, 2), bool), w, 0)), whole(mixed=True)),
-    "beside its frozen self": (lambda w, x: used(w * lax.stop_gradient(w)), whole(mixed=True)),
+    "mask": (lambda w, x: used(w * jnp.ones((4, 3, 2))), MASKED),
+    "its own mask": (lambda w, x: used(w * (w > 0)), MASKED),
+    "scaled": (lambda w, x: used(2 * w), whole(scaled=True)),
+    "where": (lambda w, x: used(jnp.where(jnp.ones((4, 3, 2), bool), w, 0)), MASKED),
+    "beside its frozen self": (lambda w, x: used(w * lax.stop_gradient(w)), MASKED),
     "straight-through rounding": (
         lambda w, x: used(w + lax.stop_gradient(jnp.round(w) - w)),
         whole(mixed=True),
     ),
     "frozen and frozen": (
         lambda w, x: used(lax.stop_gradient(w) - 0.1 * lax.stop_gradient(w)),
-        whole(frozen=True, mixed=True),
+        whole(frozen=True, mixed=True, scaled=True),
     ),
     "a gradient step": (
         lambda w, x: used(w - 0.1 * jax.grad(lambda w: jnp.sum(w**3))(w)),
@@ -142,7 +143,7 @@ HANDED_ON = {
     "over its norm": (lambda w, x: used(w / jnp.linalg.norm(w)), lost(TRANSFORMED)),
     "over its frozen norm": (
         lambda w, x: used(w / lax.stop_gradient(jnp.linalg.norm(w))),
-        whole(mixed=True),
+        MASKED,
     ),
     # Copies of it along further axes.
     "repeated": (
@@ -159,7 +160,7 @@ HANDED_ON = {
     ),
     "noise for each of a vmap": (
         lambda w, x: jax.vmap(lambda noise: used(w + noise))(jnp.arange(5.0)),
-        whole(mixed=True),
+        whole(mixed=True, varied=True),
     ),
     # Split and merged axes.
     "reshape": (lambda w, x: used(w.reshape(12, 2)), reshaped(12, 2)),
@@ -356,7 +357,7 @@ def test_a_mark_has_the_axes_that_its_program_shows():
 def test_other_arguments_are_no_sources():
     program = jax.make_jaxpr(lambda w, mask: used(w * mask) + used(mask))(W, W)
     found = marks_in(program, 1)
-    assert [one.origins for one in found] == [(whole(mixed=True),), (None,)]
+    assert [one.origins for one in found] == [(MASKED,), (None,)]
 
 
 def test_several_parameters_of_a_use_keep_their_order():

@@ -268,7 +268,32 @@ UNPAIRED = {
     "in another split": (real(2, 3), lambda y, b: y[:, None, :] + b.reshape(6)[None, None, :5]),
     "after other data": (real(5), lambda y, b: (y + jnp.ones(5)) + b),
     "by half": (real(5), lambda y, b: lax.stop_gradient(b) + y),
+    "with the other sign": (real(5), lambda y, b: y + -b),
+    "scaled by a number": (real(5), lambda y, b: y + 0.1 * b),
+    "scaled in each row": (real(5), lambda y, b: y + jnp.arange(4.0)[:, None] * b),
+    "masked": (real(5), lambda y, b: y + jnp.where(jnp.arange(5) > 1, b, 0)),
+    "twice in a jit": (real(5), jax.jit(lambda y, b: jnp.tanh(y) * (y + b))),
+    "twice in a checkpoint": (real(5), jax.checkpoint(lambda y, b: jnp.tanh(y) * (y + b))),
+    "under a rule of its own": (real(5), lambda y, b: shifted(y, b)),
+    "after a rule of its own": (real(5), lambda y, b: reversing(y) + b),
 }
+
+
+@jax.custom_jvp
+def shifted(y, b):
+    return y + b
+
+
+shifted.defjvp(lambda primals, tangents: (shifted(*primals), sum(tangents)))
+
+
+@jax.custom_jvp
+def reversing(y):
+    """Its derivative has the other sign."""
+    return y * 1.0
+
+
+reversing.defjvp(lambda primals, tangents: (reversing(*primals), -tangents[0]))
 
 
 def conv(numbers, x, w, out, **how):

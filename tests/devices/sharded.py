@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
 import adafisher_jax as af
-from adafisher_jax.layout import path_of
+from adafisher_jax.layout import by_path
 from benchmarks.communication import COLLECTIVES, INSTRUCTION, shape_bytes
 from tests.devices.tasks import (
     Perceptron,
@@ -276,9 +276,9 @@ def test_an_update_gathers_no_weight(kind):
 
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh):
-        params = jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: on_mesh(leaf, places.get(path_of(keys), P())),
-            random_tree(rng, *weights),
+        leaves, treedef = by_path(random_tree(rng, *weights))
+        params = treedef.unflatten(
+            on_mesh(leaf, places.get(path, P())) for path, leaf in leaves.items()
         )
         factors = jax.tree.map(on_mesh, random_factors(rng, *weights))
         tx = af.scale_by_adafisher(layout_of(*weights), rule="centered")

@@ -6,13 +6,12 @@ import inspect
 import itertools
 import unittest
 
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 import adafisher_jax as af
-from adafisher_jax.layout import path_of
+from adafisher_jax.layout import by_path
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +28,7 @@ if SUITE is None:
 
 
 def paths(tree):
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return by_path(tree)[0]
 
 
 def layout_of(params):

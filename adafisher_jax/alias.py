@@ -1,5 +1,6 @@
 """AdaFisher with a learning rate and weight decay, as optax has its optimizers."""
 
+import math
 from typing import Any
 
 import optax
@@ -33,7 +34,7 @@ def adafisher(
     `learning_rate` is α, a number or a schedule. Begin with 3e-2 for `"centered"`; the paper has
     1e-3. `weight_decay` is κ, which is added to the gradient. `mask` says which parameters decay,
     as in `optax.add_decayed_weights`. A rate or a decay that is neither a number nor a schedule is
-    a TypeError.
+    a TypeError, one that is not finite a ValueError.
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -131,3 +132,5 @@ def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
 def _check_rate(name: str, value: Any) -> None:
     if not (callable(value) or is_number(value)):
         raise TypeError(f"{name}: got {value!r:.60}, wanted a number or a schedule, as 3e-2")
+    if isinstance(value, float) and not math.isfinite(value):  # no step would be finite
+        raise ValueError(f"{name}: got {value}, wanted a finite number or a schedule")

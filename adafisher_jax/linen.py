@@ -51,7 +51,7 @@ def trace_layout(
     """
     check_loss(loss_fn)
     _check(params)
-    return capture.trace_layout(explaining(loss_fn, has_aux), params, args, kwargs)
+    return capture.trace_layout(explaining(loss_fn, has_aux or None), params, args, kwargs)
 
 
 def value_and_grad(

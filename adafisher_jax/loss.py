@@ -1,12 +1,12 @@
 """Checks of the loss that a user gives: its type, its result, and where it is traced."""
 
 import functools
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 from flax import nnx
 
 
@@ -19,12 +19,12 @@ def check_loss(loss_fn: Any) -> None:
         )
 
 
-def explaining(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+def explaining(loss_fn: Callable[..., Any], has_aux: bool | None) -> Callable[..., Any]:
     """Returns the loss with errors that say what to do about them.
 
     Raises:
       TypeError: from the returned function, if a loss with `has_aux` returns no pair of a scalar
-        and something else.
+        and something else, or one without returns no scalar. It may return anything for None.
       ValueError: from the returned function, if the loss names a mapped axis that does not exist.
     """
 
@@ -42,22 +42,24 @@ def explaining(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]
                 f"loss_fn, (None, 0), axis_name={found[1]!r}), params, x[None]), and call the "
                 "gradient function inside the shard_map or pmap of that name"
             ) from error
-        if has_aux:
-            _check_pair(result)
+        if has_aux is not None:
+            _check_result(result, has_aux)
         return result
 
     return loss
 
 
-def _check_pair(result: Any) -> None:
-    """Raises a TypeError if `result` is not `(scalar, aux)`."""
+def _check_result(result: Any, has_aux: bool) -> None:
+    """Raises a TypeError if `result` is no scalar, or with `has_aux` not `(scalar, aux)`."""
     pair = isinstance(result, tuple) and len(result) == 2
-    value = result[0] if pair else result
-    if not pair or np.shape(value) != ():
-        got = (
-            f"an array of shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
-        )
-        raise TypeError(
-            f"loss_fn: it returns {'a pair of which the first is ' if pair else ''}{got}, with "
-            "has_aux=True wanted is a pair (scalar, aux)"
-        )
+    value = result[0] if pair and has_aux else result
+    shape = () if isinstance(value, numbers.Number) else getattr(value, "shape", None)
+    if shape == () and (pair or not has_aux):
+        return
+    got = type(value).__name__ if shape is None else f"an array of shape {shape}"
+    if has_aux:
+        got = f"a pair of which the first is {got}" if pair else got
+        wanted = "with has_aux=True wanted is a pair (scalar, aux)"
+    else:
+        wanted = "wanted is a scalar, or with has_aux=True a pair (scalar, aux)"
+    raise TypeError(f"loss_fn: it returns {got}, {wanted}")

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path, check_factors
+from adafisher_jax.layout import Layer, Layout, by_path, check_factors, check_layout
 from adafisher_jax.random_counts import check_random_counts
 
 
@@ -43,8 +43,9 @@ def accumulate(
       data are returned as a stack.
 
     Raises:
-      TypeError: from the returned function, if `params` is an `nnx.Module`; use
-        `adafisher_jax.nnx.accumulate` then.
+      TypeError: from the returned function, if `params` is an `nnx.Module` (use
+        `adafisher_jax.nnx.accumulate` then), `layout` is no layout, or `grad_fn` returns something
+        else.
       ValueError: from the returned function, if the arguments and `weights` differ in their
         leading axis, or if `grad_fn` drops the change to the random counts of an `nnx.Module`.
 
@@ -93,6 +94,7 @@ def over_micro_batches(
     Returns:
       The carried arrays after the last micro-batch, and the result for the whole batch.
     """
+    check_layout(layout)
     leaves, structure = by_path({"args": args, "kwargs": kwargs})
     arrays = {p: leaf for p, leaf in leaves.items() if isinstance(leaf, jax.Array | np.ndarray)}
     k = _leading_axis(arrays)
@@ -103,7 +105,13 @@ def over_micro_batches(
     @jax.jit  # traced once, for the shapes of its results and for the scan
     def run(carried: Any, arrays: dict[str, Any]) -> tuple[Any, Any, Any]:
         call = jax.tree.unflatten(structure, (leaves | arrays).values())
-        carried, (value, grads, factors) = grad_fn(carried, *call["args"], **call["kwargs"])
+        carried, result = grad_fn(carried, *call["args"], **call["kwargs"])
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise TypeError(
+                f"grad_fn: it returns {type(result).__name__}, wanted (loss, grads, factors), as a "
+                "function of adafisher_jax.value_and_grad does"
+            )
+        value, grads, factors = result
         loss, *aux = value if isinstance(value, tuple) else (value,)
         return carried, (loss, grads, factors), aux
 

@@ -62,7 +62,7 @@ def trace_layout(
     """
     check_loss(loss_fn)
     _check(model, args, kwargs)
-    explained = explaining(loss_fn, has_aux)
+    explained = explaining(loss_fn, has_aux or None)
     model, args, kwargs = extract.to_tree((model, args, kwargs))
     params, rest = _parts(model, wrt)
     if not jax.tree.leaves(params):

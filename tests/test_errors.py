@@ -340,6 +340,48 @@ def test_a_loss_without_the_pair_that_has_aux_promises(returns, got):
             call()
 
 
+@pytest.mark.parametrize(
+    ("returns", "got"),
+    [
+        (lambda loss: (loss, X), "tuple"),
+        (lambda loss: {"loss": loss}, "dict"),
+        (lambda loss: loss * X[:, 0], "an array of shape (4,)"),
+    ],
+)
+def test_a_loss_that_is_no_scalar(returns, got):
+    """A layout may be traced of it: other libraries have losses of several outputs."""
+
+    def loss(params, x):
+        return returns(LOSS(params, x))
+
+    def nnx_loss(model, x):
+        return returns(jnp.mean(model(x)))
+
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    for run in (
+        lambda: af.value_and_grad(loss, af.trace_layout(loss, PARAMS, X))(PARAMS, X),
+        lambda: af.nnx.value_and_grad(nnx_loss, af.nnx.trace_layout(nnx_loss, model, X))(model, X),
+    ):
+        with says(TypeError, "loss_fn", f"returns {got}", "scalar", "has_aux=True"):
+            run()
+
+
+def test_what_is_accumulated_that_has_no_factors():
+    batches = jnp.ones((2, *X.shape))
+    with says(TypeError, "grad_fn: it returns tuple", "value_and_grad"):
+        af.accumulate(jax.value_and_grad(LOSS), LAYOUT)(PARAMS, batches)
+    with says(TypeError, "layout: got function"):
+        af.accumulate(LAYOUT, af.value_and_grad(LOSS, LAYOUT))(PARAMS, batches)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_rate_that_is_not_finite(name, value):
+    settings = {"learning_rate": 1e-3, name: value}
+    with says(ValueError, name, str(value), "finite"):
+        af.adafisherw(layout=LAYOUT, rule="paper", **settings)
+
+
 def test_a_layout_takes_has_aux_as_the_gradient_does():
     with_aux = lambda p, x: (LOSS(p, x), {"x": x, "name": "text"})  # noqa: E731
     assert af.trace_layout(with_aux, PARAMS, X, has_aux=True) == LAYOUT

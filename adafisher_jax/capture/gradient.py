@@ -231,7 +231,7 @@ def _check_same(layout: Layout, uses: Uses) -> None:
         if not found and refused:
             raise ValueError(
                 f"the layer {layer.path!r} of the layout has no factors in this loss: "
-                f"{refused[0]!r} is {uses.refused[refused[0]]}"
+                f"{refused[0]!r}: {uses.refused[refused[0]]}"
             )
     if layout.layers and not met.keys() & {layer.leaves[0].path for layer in layout.layers}:
         raise ValueError("the capture met no layer of the layout: it was traced from another loss")

@@ -25,7 +25,8 @@ def ratios(trials: dict[str, Trial], folder: pathlib.Path, path: pathlib.Path) -
     if set(trials) - set(known):
         contenders = {name: _contender(trial, folder) for name, trial in trials.items()}
         seconds = interleaved(contenders, ROUNDS)
-        known |= {name: float(np.median(seconds[name] / seconds[BASELINE])) for name in trials}
+        found = {name: float(np.median(seconds[name] / seconds[BASELINE])) for name in trials}
+        known = stored[where] = found | known
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(stored, indent=1) + "\n")
     return known

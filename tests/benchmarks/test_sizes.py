@@ -71,3 +71,20 @@ def test_what_a_step_costs_is_measured_over_whole_cycles(monkeypatch, tmp_path):
     timed = {name: begin(optimizer=name) for name in ("adamw", "soap")}
     assert cost.ratios(timed, tmp_path, tmp_path / "costs.json") == {"adamw": 1, "soap": 1}
     assert measured == {"adamw": 1, "soap": 10}  # in every tenth step SOAP renews its bases
+
+
+def test_costs_that_were_measured_stay(monkeypatch, tmp_path):
+    """Runs of equal time were planned by them."""
+    begin = functools.partial(trial.Trial, "digits_mlp", rate=0.0, seed=0, steps=1, batch=8)
+
+    def ratios(*names, seconds):
+        def interleaved(contenders, rounds):
+            return {name: np.full(rounds, seconds[name]) for name in contenders}
+
+        monkeypatch.setattr(cost, "interleaved", interleaved)
+        trials = {name: begin(optimizer=name) for name in ("adamw", *names)}
+        return cost.ratios(trials, tmp_path, tmp_path / "costs.json")
+
+    assert ratios("sgd", seconds={"adamw": 2.0, "sgd": 1.0}) == {"adamw": 1, "sgd": 0.5}
+    later = ratios("sgd", "nadamw", seconds={"adamw": 2.0, "sgd": 3.0, "nadamw": 4.0})
+    assert later == {"adamw": 1, "sgd": 0.5, "nadamw": 2}

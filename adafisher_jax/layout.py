@@ -33,7 +33,8 @@ def named_leaves(tree: Any) -> Named:
     found = []
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
         for own, leaf in jax.tree_util.tree_leaves_with_path(node):
-            own = () if is_box(node) and own == (jax.tree_util.GetAttrKey("value"),) else own
+            if is_box(node) and own[-1:] == (jax.tree_util.GetAttrKey("value"),):
+                own = own[:-1]
             names = (jax.tree_util.keystr((key,), simple=True) for key in (*keys, *own))
             found.append((tuple(names), leaf))
     return found

@@ -36,7 +36,7 @@ def _bias_axes(
         return None
     if product.linear.kind == "embedding":
         return None
-    if bias.scaled or (weight.scaled and not weight.mixed):
+    if bias.multiplied or (weight.multiplied and not weight.mixed):
         return None  # the input of a bias is one, in the units of its weight's inputs
     of_output = [() if i is None else weight.axes[i] for i in outputs]
     matched: dict[int, int] = {}

@@ -48,8 +48,7 @@ class Product(NamedTuple):
       inside: the primitives around the equation, as in `Mark`.
       derived: whether the product lies in the call of a marked layer, or in the backward pass of a
         derivative that the loss takes. Other uses of the weight then describe it, if there are any.
-      beside: the position of the other operand if that is a parameter too; None if it is data. One
-        of the two is the weight, if only one of them is multiplied by data elsewhere.
+      learned: whether the input comes from a parameter.
       bias: the origin of the parameter that is added to the output.
       bias_axes: pairs of an axis of the bias longer than one and its axis of the weight, both
         counted in the whole parameters.
@@ -60,7 +59,7 @@ class Product(NamedTuple):
     place: Place
     inside: tuple[str, ...]
     derived: bool
-    beside: int | None = None
+    learned: bool = False
     bias: Origin | None = None
     bias_axes: tuple[tuple[int, int], ...] = ()
 

@@ -23,9 +23,11 @@ from adafisher_jax.capture import pieces, products
 from adafisher_jax.capture.biases import add_to_output
 from adafisher_jax.capture.found import (
     MARKED,
+    OF_PARAMETERS,
     RECOMPUTED,
     Found,
     Mark,
+    Product,
     Refusal,
     without_probe,
 )
@@ -56,9 +58,21 @@ def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
         Origin(i, pieces.whole(var.aval.shape)) if i < sources else None
         for i, var in enumerate(program.jaxpr.invars)
     ]
-    found: Found = []
-    _follow(program.jaxpr, inputs, found, _Around((), (), False))
-    return found
+    weights: frozenset[Any] = frozenset()
+    while True:
+        found: Found = []
+        _follow(program.jaxpr, inputs, found, _Around((), (), False, weights))
+        more = _sources(found) - weights
+        if not more or not any(isinstance(x, Refusal) and x.why == OF_PARAMETERS for x in found):
+            return found
+        weights |= more  # what is the weight of a product of two parameters is known now
+
+
+def _sources(found: Found) -> frozenset[Any]:
+    """Returns the positions of the parameters that layers and products have as weights."""
+    products = [x.weight for x in found if isinstance(x, Product)]
+    marked = [one for x in found if isinstance(x, Mark) for one in x.origins if one]
+    return frozenset(x.source for x in (*products, *marked) if not x.frozen)
 
 
 class _Around(NamedTuple):
@@ -68,11 +82,13 @@ class _Around(NamedTuple):
       place: the place of the equation that calls the program, and which of its bodies it is.
       inside: the primitives around the program.
       derived: whether products in the program are derived (see `Product`).
+      weights: the positions of the parameters that are known to be multiplied by data somewhere.
     """
 
     place: Place
     inside: tuple[str, ...]
     derived: bool
+    weights: frozenset[Any]
 
     def at(self, index: int, eqn: core.JaxprEqn) -> "_Around":
         """Returns what is around the first body of an equation."""
@@ -80,7 +96,8 @@ class _Around(NamedTuple):
         name = RECOMPUTED if again else eqn.primitive.name
         scopes = str(eqn.source_info.name_stack)
         derived = self.derived or MARKED in scopes or "transpose(" in scopes
-        return _Around((*self.place, (index, 0)), (*self.inside, name), derived)
+        place = (*self.place, (index, 0))
+        return _Around(place, (*self.inside, name), derived, self.weights)
 
     def body(self, i: int) -> "_Around":
         """Returns what is around body `i` of the same equation."""
@@ -100,14 +117,20 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
         """A bias would be added to one of several uses of an output."""
         return settled([one])[0] if reads[var] > 1 else one
 
+    uniform: set[core.Var] = set()
     origins = {v: of_one_use(v, one) for v, one in zip(jaxpr.invars, inputs, strict=True)}
 
     def origin(atom: Any) -> Origin | None:
         return None if isinstance(atom, core.Literal) else origins.get(atom)
 
+    def is_number(atom: Any) -> bool:
+        return isinstance(atom, core.Literal) or not atom.aval.shape or atom in uniform
+
     for index, eqn in enumerate(jaxpr.eqns):
         operands = [origin(atom) for atom in eqn.invars]
         name = eqn.primitive.name
+        if name in ("broadcast_in_dim", "convert_element_type") and is_number(eqn.invars[0]):
+            uniform |= {*eqn.outvars}
         if name in ARRAY_OPS and not any(operands):
             continue
         here = around.at(index, eqn)
@@ -128,13 +151,14 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
             outputs = [common(list(branch)) for branch in zip(*branches, strict=True)]
             outputs = settled(outputs) if name.startswith("custom_") else outputs
         elif name in products.READERS:
-            uses, output = multiply(eqn, operands, here.place, around.inside, here.derived)
+            of_use = here.place, around.inside, here.derived
+            uses, output = multiply(eqn, operands, around.weights, *of_use)
             found += uses
             outputs = [output]
         elif name in SUMS and any(x and x.is_output for x in operands):
             outputs = [add_to_output(stretched(operands, eqn), found)]
         else:
-            outputs = of_array_op(eqn, operands)
+            outputs = of_array_op(eqn, operands, is_number)
             if name not in ARRAY_OPS:
                 why, beside = without_probe(name), len(operands) > 1
                 found += [

@@ -1,6 +1,7 @@
 """Tells what a product of a traced program multiplies: a weight with data, or two parameters."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,50 +17,63 @@ _BY_ELEMENT = "combined by element with the data of its product"
 
 
 def multiply(
-    eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str, ...], derived: bool
+    eqn: core.JaxprEqn,
+    operands: Origins,
+    known: frozenset[Any],
+    place: Place,
+    inside: tuple[str, ...],
+    derived: bool,
 ) -> tuple[Found, Origin | None]:
     """Returns the uses of parameters in a product, and the origin of its output.
 
     Args:
       eqn: the product, one of `products.READERS`.
       operands: the origins of its operands.
+      known: the positions of parameters that are multiplied by data. One of them is the weight of
+        another parameter.
       place: the place of the equation.
       inside: as in `Product`.
       derived: as in `Product`.
     """
     parameters = _parameters(operands[:2])
-    weights = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
-    computed = computed_from(operands, OF_PARAMETERS if len(weights) == 2 else COMPUTED)
+    both = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
+    weights = {i: x for i, x in both.items() if x.source in known} if len(both) == 2 else both
     if len(weights) == 1:
         ((i, weight),) = weights.items()
         linear = _read(eqn, i)
         if isinstance(linear, str):
-            return [Refusal(weight.source, linear, place, not derived)], computed
+            return [Refusal(weight.source, linear, place, not derived)], _computed(operands)
         if linear.scales:
             axes = tuple(weight.axes[j] for j in linear.outputs)
             operands[i] = dataclasses.replace(weight, axes=axes)
             return [], combined(operands, scaled=True)
+        linear, axes = products.without_copies(
+            products.keep_apart(linear, weight.axes), weight.axes
+        )
+        weight = dataclasses.replace(weight, axes=axes)
         aval: Any = eqn.outvars[0].aval
         output = Origin(place, pieces.whole(aval.shape), frozen=weight.frozen)
-        return [_product(linear, weight, place, inside, derived)], output
+        inputs = [x for j, x in both.items() if j != i]
+        product = Product(linear, weight, place, inside, derived, learned=bool(inputs))
+        return [product, *_of_parameters(inputs, place)], output
+    if both:
+        return _of_parameters(both.values(), place), computed_from(operands, OF_PARAMETERS)
 
-    uses: Found = []
-    for i, x in weights.items():
-        other = weights[1 - i].source
-        linear = _read(eqn, i)
-        if x.source == other or isinstance(linear, str) or linear.scales:
-            uses.append(Refusal(x.source, OF_PARAMETERS, place, False))
-        else:
-            uses.append(_product(linear, x, place, inside, derived)._replace(beside=other))
-    if not weights:
-        live = [x for x in parameters.values() if not x.frozen]
-        uses += [Refusal(x.source, _BY_ELEMENT, place, not derived) for x in live]
-        for lost, with_ in (operands[:2], operands[1::-1]):
-            if lost and lost.lost:
-                with_data = with_ is None or with_.parameters != lost.parameters
-                outweighs = with_data and not derived
-                uses += [Refusal(i, lost.lost, place, outweighs) for i in sorted(lost.behind)]
-    return uses, computed
+    live = [x for x in parameters.values() if not x.frozen]
+    uses: Found = [Refusal(x.source, _BY_ELEMENT, place, not derived) for x in live]
+    for x, other in (operands[:2], operands[1::-1]):
+        if x and x.lost:
+            with_data = other is None or other.parameters != x.parameters
+            uses += [Refusal(i, x.lost, place, with_data and not derived) for i in sorted(x.behind)]
+    return uses, _computed(operands)
+
+
+def _of_parameters(parameters: Iterable[Any], place: Place) -> Found:
+    return [Refusal(x.source, OF_PARAMETERS, place, False) for x in parameters]
+
+
+def _computed(operands: Origins) -> Origin | None:
+    return computed_from(operands, COMPUTED)
 
 
 def _parameters(operands: Origins) -> dict[int, Any]:
@@ -80,8 +94,12 @@ def _by_element(eqn: core.JaxprEqn, x: Origin, i: int) -> bool:
 
     It is a weight if rows of its own were added to each of its copies, which `vmap` multiplies.
     """
-    shared = eqn.params["dimension_numbers"][1][i] if eqn.primitive.name == "dot_general" else ()
-    return x.varied and (x.scaled or any(axis not in shared for axis in x.extended))
+    copied = {axis for axis, of in enumerate(x.axes) if pieces.repeated(of)}
+    summed, shared = (), ()
+    if eqn.primitive.name == "dot_general":
+        summed, shared = (axes[i] for axes in eqn.params["dimension_numbers"])
+        copied |= {axis for axis in x.extended if axis not in (*summed, *shared)}
+    return x.varied and bool(copied if x.multiplied else copied - {*shared})
 
 
 def _read(eqn: core.JaxprEqn, i: int) -> Linear | str:
@@ -90,11 +108,3 @@ def _read(eqn: core.JaxprEqn, i: int) -> Linear | str:
     if jnp.issubdtype(aval.dtype, jnp.complexfloating):
         return COMPLEX
     return products.READERS[eqn.primitive.name](eqn, i)
-
-
-def _product(
-    linear: Linear, weight: Origin, place: Place, inside: tuple[str, ...], derived: bool
-) -> Product:
-    linear = products.keep_apart(linear, weight.axes)
-    linear, axes = products.without_copies(linear, weight.axes)
-    return Product(linear, dataclasses.replace(weight, axes=axes), place, inside, derived)

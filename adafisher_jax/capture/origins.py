@@ -1,6 +1,7 @@
 """Origins: from which parameter an array of a traced program came, and what happened to it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class Origin:
       frozen: whether the array passed through `stop_gradient`.
       mixed: whether the array was combined by element with other arrays (a mask, noise).
       varied: whether it was so along axes that the source does not have.
-      scaled: whether the array was multiplied by a number or by another array.
+      multiplied: whether the array was multiplied by a number or by another array.
       lost: why the array is no longer the source or a slice of it; empty if it is.
       behind: if the array is lost, the positions of the parameters that it was computed from and
         that are not frozen.
@@ -48,7 +49,7 @@ class Origin:
     frozen: bool = False
     mixed: bool = False
     varied: bool = False
-    scaled: bool = False
+    multiplied: bool = False
     lost: str = ""
     behind: frozenset[int] = frozenset()
 
@@ -109,7 +110,8 @@ _SAME = frozenset(
 _REARRANGING = frozenset("reshape squeeze slice dynamic_slice split rev broadcast_in_dim".split())
 SUMS = frozenset("add add_any".split())
 _MOVING = SUMS | {"sub"}
-_SCALING = frozenset("mul div max min select_n clamp neg".split())
+_MULTIPLYING = frozenset("mul div neg".split())
+_SCALING = _MULTIPLYING | frozenset("max min select_n clamp".split())
 # The primitives that compute arrays from arrays and call no program that could hold a layer.
 ARRAY_OPS = (
     frozenset(p.name for p in vars(jax.lax).values() if isinstance(p, core.Primitive))
@@ -120,8 +122,14 @@ ARRAY_OPS = (
 )
 
 
-def of_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
-    """Returns the origins of the outputs of an array operation, given those of its operands."""
+def of_array_op(eqn: core.JaxprEqn, operands: Origins, is_number: Callable[[Any], bool]) -> Origins:
+    """Returns the origins of the outputs of an array operation.
+
+    Args:
+      eqn: the operation.
+      operands: the origins of its operands.
+      is_number: whether an operand without an origin has one value in all its entries.
+    """
     name = eqn.primitive.name
     if name in _SAME and len(operands) == len(eqn.outvars):
         if name == "stop_gradient":
@@ -140,10 +148,15 @@ def of_array_op(eqn: core.JaxprEqn, operands: Origins) -> Origins:
     operands = stretched(settled(operands), eqn)
     if name == "div" and (divisor := operands[1]) and not divisor.frozen:
         return [computed_from(operands, _TRANSFORMED)]
-    numbers = all(
-        isinstance(a, core.Literal) or x for a, x in zip(eqn.invars, operands, strict=True)
-    )
-    return [combined(operands, scaled=name in _SCALING, mixed=not numbers)]
+    numbers = all(x or is_number(atom) for atom, x in zip(eqn.invars, operands, strict=True))
+    return [
+        combined(
+            operands,
+            scaled=name in _SCALING,
+            multiplied=name in _MULTIPLYING,
+            mixed=not (numbers and name in _MULTIPLYING | _MOVING),
+        )
+    ]
 
 
 def settled(origins: Origins) -> Origins:
@@ -197,12 +210,14 @@ def computed_from(origins: Origins, why: str) -> Origin | None:
     )
 
 
-def combined(origins: Origins, scaled: bool, mixed: bool = True) -> Origin | None:
+def combined(
+    origins: Origins, scaled: bool, multiplied: bool = True, mixed: bool = True
+) -> Origin | None:
     """Returns the origin of an elementwise combination: that of its one parameter.
 
     Frozen operands count as data. Operands that are added count as data too, such as a gradient
-    step: the sum moves with the parameter. Operands that scale a parameter must be data. Without
-    any other array (`mixed`) only numbers are combined with it.
+    step: the sum moves with the parameter. Operands that scale a parameter must be data. A single
+    operand that is not `mixed` is multiplied by numbers alone, or they are added to it.
     """
     behind = [x for x in origins if x]
     known = [x for x in behind if not x.lost]
@@ -213,7 +228,7 @@ def combined(origins: Origins, scaled: bool, mixed: bool = True) -> Origin | Non
             x,
             mixed=mixed or any(y.mixed for y in known),
             varied=any(y.varied or (mixed and bool(y.extended)) for y in known),
-            scaled=scaled or any(y.scaled for y in known),
+            multiplied=multiplied or any(y.multiplied for y in known),
         )
         for x in known
     }

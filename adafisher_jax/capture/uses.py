@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from adafisher_jax.capture.found import (
-    OF_PARAMETERS,
     RECOMPUTED,
     Found,
     Mark,
@@ -61,10 +60,8 @@ def read_uses(found: Found, reached: set[Place], named: Named) -> Uses:
                 reader.add_refusal(use, use.place in reached)
             case Mark():
                 reader.add_mark(use, use.place in reached)
-            case Product(beside=None):
-                reader.add_product(use, use.place in reached)
             case Product():
-                reader.undecided.append((use, use.place in reached))
+                reader.add_product(use, use.place in reached)
     if not found:
         raise ValueError(
             "the capture met no layer: the loss calls no Flax layer and multiplies none of its "
@@ -93,6 +90,7 @@ class _Found(NamedTuple):
       completion: how statistics are taken there.
       mark: whether the use is a mark; otherwise it is a product.
       derived: see `Product`.
+      learned: see `Product`.
       ends: whether a gradient passes through the loops around the use: none is a `while`.
     """
 
@@ -102,6 +100,7 @@ class _Found(NamedTuple):
     completion: Completion
     mark: bool
     derived: bool
+    learned: bool
     ends: bool
 
 
@@ -115,7 +114,6 @@ class _Reader:
         self.unused: dict[int, str] = {}
         self.reasons: dict[int, str] = {}  # why a use of a parameter is no layer
         self.problems: dict[int, str] = {}  # reasons that hold whatever other uses there are
-        self.undecided: list[tuple[Product, bool]] = []  # products of two parameters
 
     def add_refusal(self, use: Refusal, reached: bool) -> None:
         """Notes a use that cannot be captured."""
@@ -153,8 +151,8 @@ class _Reader:
             i = mark.origins.index(main.origin)
             carrier = _carrier(main.origin, mark.place)
             completion = Completion(carrier, mark.axes[i], parameter=i)
-            ends = "while" not in mark.inside
-            self._add(main, _Found(layer, main.origin, mark.place, completion, True, False, ends))
+            of_use = False, False, "while" not in mark.inside
+            self._add(main, _Found(layer, main.origin, mark.place, completion, True, *of_use))
         else:
             for bias in parameters.values():
                 self.problems[bias.position] = "the weight of its layer is no parameter as it is"
@@ -163,7 +161,7 @@ class _Reader:
         """Notes one product of a parameter with data."""
         linear, origin = product.linear, product.weight
         assert isinstance(origin.source, int)
-        if not reached or (origin.frozen and origin.mixed):
+        if not reached or (origin.frozen and (origin.mixed or origin.multiplied)):
             return
         names, array = self.named[origin.source]
         problem = _problem(product.inside, origin)
@@ -180,10 +178,8 @@ class _Reader:
             weight.layer_path, linear.kind, leaf, self._bias(product, leaf), linear.groups
         )
         completion = Completion(_carrier(origin, product.place), origin.axes, linear=linear)
-        ends = "while" not in product.inside
-        self._add(
-            weight, _Found(layer, origin, product.place, completion, False, product.derived, ends)
-        )
+        of_use = product.derived, product.learned, "while" not in product.inside
+        self._add(weight, _Found(layer, origin, product.place, completion, False, *of_use))
 
     def _bias(self, product: Product, weight: Leaf) -> Leaf | None:
         """Returns the bias of a product; None unless each of its axes is one of the weight's."""
@@ -209,7 +205,7 @@ class _Reader:
         """Returns the parameter that a mark calls `name`; None if no gradient is taken of it."""
         if origin is None or not isinstance(origin.source, int):
             return None
-        if origin.frozen and (origin.mixed or origin.lost):
+        if origin.frozen and (origin.mixed or origin.multiplied or origin.lost):
             return None  # as an averaged teacher: no gradient reaches the parameter
         names, array = self.named[origin.source]
         problem = mark.use.problem or origin.lost or _problem(mark.inside, origin)
@@ -220,19 +216,8 @@ class _Reader:
         path = "/".join(_holder(names, name))
         return _Parameter(origin.source, leaf, path, origin, problem)
 
-    def _decide(self) -> None:
-        """Adds the products of two parameters of which one is multiplied by data elsewhere."""
-        weights = {i for i, found in self.found.items() if not all(f.origin.frozen for f in found)}
-        for product, reached in self.undecided:
-            source = product.weight.source
-            if source in weights and product.beside not in weights:
-                self.add_product(product, reached)
-            elif isinstance(source, int):
-                self.add_refusal(Refusal(source, OF_PARAMETERS, product.place, False), reached)
-
     def finish(self) -> Uses:
         """Returns the layout of all uses that were added, and where to take statistics."""
-        self._decide()
         covered: dict[int, Layer] = {}
         completions: dict[Place, Completion] = {}
         chosen = {
@@ -314,6 +299,8 @@ def _problem(inside: tuple[str, ...], origin: Origin) -> str:
 def _describing(found: list[_Found]) -> list[_Found]:
     """Returns the uses of a weight whose rows its factors average."""
     found = [f for f in found if not f.derived] or found
+    of_data = {(f.layer.kind, f.layer.weight) for f in found if not f.learned}
+    found = [f for f in found if not f.learned or (f.layer.kind, f.layer.weight) in of_data]
     # An embedding that is looked up is described by its lookups.
     lookups = [f for f in found if f.layer.kind == "embedding"]
     if lookups and all(f in lookups or _attends(f.layer) for f in found):

@@ -94,7 +94,7 @@ def sharded(spec, body):
     )(w).sum()
 
 
-MASKED = whole(mixed=True, scaled=True)
+MASKED = whole(mixed=True, multiplied=True)
 HANDED_ON = {
     "as it is": (lambda w, x: used(w), whole()),
     "jit": (lambda w, x: jax.jit(used)(w), whole()),
@@ -103,7 +103,7 @@ HANDED_ON = {
     "grad": (lambda w, x: jax.grad(used)(w), whole()),
     "vjp": (lambda w, x: jax.vjp(used, w)[1](1.0), whole()),
     "linearize": (lambda w, x: jax.linearize(used, w)[1](w), whole()),
-    "jit, out again": (lambda w, x: used(jax.jit(lambda w: w * 1.0)(w)), whole(scaled=True)),
+    "jit, out again": (lambda w, x: used(jax.jit(lambda w: w * 1.0)(w)), whole(multiplied=True)),
     "container": (lambda w, x: used(jax.tree.map(lambda a: a, {"a": [w]})["a"][0]), whole()),
     "cast": (lambda w, x: used(w.astype(jnp.bfloat16)), whole()),
     "stop_gradient": (lambda w, x: used(lax.stop_gradient(w)), whole(frozen=True)),
@@ -118,10 +118,14 @@ HANDED_ON = {
     "put elsewhere": (lambda w, x: used(jax.device_put(w)), whole()),
     "second input": (lambda w, x: used(x), Origin(1, axes(0, shape=(5,)))),
     # Combined with other arrays, element by element.
-    "mask": (lambda w, x: used(w * jnp.ones((4, 3, 2))), MASKED),
+    "mask": (lambda w, x: used(w * (jnp.arange(24.0).reshape(4, 3, 2) % 2)), MASKED),
     "its own mask": (lambda w, x: used(w * (w > 0)), MASKED),
-    "scaled": (lambda w, x: used(2 * w), whole(scaled=True)),
-    "where": (lambda w, x: used(jnp.where(jnp.ones((4, 3, 2), bool), w, 0)), MASKED),
+    "scaled": (lambda w, x: used(2 * w), whole(multiplied=True)),
+    "scaled by an array of one number": (
+        lambda w, x: used(w / jnp.sqrt(2.0) * jnp.ones((4, 3, 2))),
+        whole(multiplied=True),
+    ),
+    "where": (lambda w, x: used(jnp.where(jnp.ones((4, 3, 2), bool), w, 0)), whole(mixed=True)),
     "beside its frozen self": (lambda w, x: used(w * lax.stop_gradient(w)), MASKED),
     "straight-through rounding": (
         lambda w, x: used(w + lax.stop_gradient(jnp.round(w) - w)),
@@ -129,7 +133,7 @@ HANDED_ON = {
     ),
     "frozen and frozen": (
         lambda w, x: used(lax.stop_gradient(w) - 0.1 * lax.stop_gradient(w)),
-        whole(frozen=True, mixed=True, scaled=True),
+        whole(frozen=True, mixed=True, multiplied=True),
     ),
     "a gradient step": (
         lambda w, x: used(w - 0.1 * jax.grad(lambda w: jnp.sum(w**3))(w)),

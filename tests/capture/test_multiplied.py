@@ -117,9 +117,58 @@ def test_learned_inputs_are_inputs_of_what_multiplies_data_too():
     assert listed(loss_fn, params, x) == {"points": OF_PARAMETERS}
 
 
+def test_learned_inputs_compared_by_products():
+    """The weight's other products, and its bias, are those of the data."""
+    params, x = {"w": real(3, 2), "b": real(2), "points": real(5, 3)}, real(4, 3)
+
+    def loss_of(product):
+        def encoded(x):
+            return jnp.tanh(product("", x, x @ params["w"]) + params["b"])
+
+        return size(jnp.sin(encoded(x) @ encoded(params["points"]).T))
+
+    def loss_fn(params, x):
+        def encoded(x):
+            return jnp.tanh(x @ params["w"] + params["b"])
+
+        return size(jnp.sin(encoded(x) @ encoded(params["points"]).T))
+
+    check_twin(loss_fn, params, loss_of, x, uncovered=["points"])
+
+
+def test_a_penalty_through_learned_inputs_of_another_form_is_no_use():
+    params, x = {"w": real(3, 2), "v": real(2)}, real(4, 3)
+
+    def loss_fn(params, x):
+        return size(jnp.sin(x @ params["w"])) + size(jnp.sin(params["w"] @ params["v"]))
+
+    assert listed(loss_fn, params, x) == {"v": OF_PARAMETERS}
+    layout = af.trace_layout(loss_fn, params, x)
+    assert af.value_and_grad(loss_fn, layout)(params, x)[2][""].rows == 4
+
+
+MASKS = {
+    "reshaped before": lambda w, mask: jnp.squeeze(w[None] * mask, 0),
+    "reshaped after": lambda w, mask: w * mask[None].squeeze(0),
+    "rectified": lambda w, mask: jax.nn.relu(w) * mask,
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_masked_weight_keeps_its_bias(name):
+    params, x = {"w": real(3, 2), "b": real(2)}, real(4, 3)
+    mask = jnp.arange(6.0).reshape(3, 2) % 2
+
+    def loss_fn(params, x):
+        return size(jnp.sin(x @ MASKS[name](params["w"], mask) + params["b"]))
+
+    assert af.trace_layout(loss_fn, params, x).covered == 1
+
+
 LOW_RANK = {
     "as it is": lambda a, b: jnp.eye(3, 2) + a @ b,
     "one scaled": lambda a, b: jnp.eye(3, 2) + (2 * a) @ b,
+    "one scaled by an array": lambda a, b: jnp.eye(3, 2) + (a / jnp.sqrt(jnp.float64(2))) @ b,
     "scaled after": lambda a, b: 2 * (a @ b),
 }
 

@@ -204,10 +204,9 @@ def _mark(eqn: core.JaxprEqn, operands: Origins, place: Place, inside: tuple[str
 def _marked(output: Origin | None, mark: Mark) -> Origin | None:
     """Returns the origin of a marked layer's output, in which its own parameters count as data."""
     own = {x.source for x in mark.origins if x}
-    if output is None or not output.parameters & own:
-        return output
-    left = output.parameters - own
-    return dataclasses.replace(output, behind=left) if left else None
+    if output is None or not (left := output.parameters - own):
+        return None
+    return dataclasses.replace(output, behind=left) if output.parameters & own else output
 
 
 Run = Callable[[Origins, Found], list[Origins]]

@@ -13,7 +13,7 @@ from adafisher_jax.capture.origins import COMPUTED, Origin, Origins, combined, c
 from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.products import Linear
 
-_BY_ELEMENT = "combined by element with the data of its product"
+_BY_ELEMENT = "combined by element with data along axes that it does not have"
 
 
 def multiply(

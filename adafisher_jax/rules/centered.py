@@ -64,12 +64,12 @@ class Centered(Rule):
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         axes = at.axes if at else ("",) * leaf.ndim
         square = jax.eval_shape(lambda x: _mean(_squared(x), axes), leaf)
-        zeros = jnp.zeros(square.shape, square.dtype)
+        zeros = functools.partial(jnp.zeros, square.shape, square.dtype)  # to be donated apart
         basis = None
         real = jnp.issubdtype(leaf.dtype, jnp.floating)
         if layer and layer.weight == at and layer.kind != "norm" and real:
             basis = spectrum.start(jax.eval_shape(layer.to_matrices, leaf).shape)
-        return Scale(zeros, zeros, basis)
+        return Scale(zeros(), zeros(), basis)
 
     def scaled(
         self, layer: Layer, curvature: Curvature, centers: bool

@@ -10,7 +10,7 @@ from tests.support.by_definition import check_twin
 from tests.support.losses import size
 
 RNG = np.random.default_rng(5)
-BY_ELEMENT = "combined by element with the data of its product"
+BY_ELEMENT = "combined by element with data along axes that it does not have"
 OF_PARAMETERS = "multiplied by another parameter before any data"
 
 

@@ -299,8 +299,9 @@ def _problem(inside: tuple[str, ...], origin: Origin) -> str:
 def _describing(found: list[_Found]) -> list[_Found]:
     """Returns the uses of a weight whose rows its factors average."""
     found = [f for f in found if not f.derived] or found
-    of_data = {(f.layer.kind, f.layer.weight) for f in found if not f.learned}
-    found = [f for f in found if not f.learned or (f.layer.kind, f.layer.weight) in of_data]
+    of_data = [f for f in found if not f.learned] or found
+    forms = {(f.layer.kind, f.layer.weight) for f in of_data}
+    found = [f for f in found if (f.layer.kind, f.layer.weight) in forms]
     # An embedding that is looked up is described by its lookups.
     lookups = [f for f in found if f.layer.kind == "embedding"]
     if lookups and all(f in lookups or _attends(f.layer) for f in found):

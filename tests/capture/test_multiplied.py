@@ -147,6 +147,18 @@ def test_a_penalty_through_learned_inputs_of_another_form_is_no_use():
     assert af.value_and_grad(loss_fn, layout)(params, x)[2][""].rows == 4
 
 
+def test_learned_inputs_alone_where_the_product_with_data_is_dropped():
+    params, x = {"w": real(3, 2), "points": real(5, 3)}, real(4, 3)
+
+    def loss_fn(params, x):
+        _ = x @ params["w"]
+        return size(jnp.sin(params["points"] @ params["w"]))
+
+    layout = af.trace_layout(loss_fn, params, x)
+    assert [layer.weight.path for layer in layout.layers] == ["w"]
+    assert af.value_and_grad(loss_fn, layout)(params, x)[2][""].rows == 5
+
+
 MASKS = {
     "reshaped before": lambda w, mask: jnp.squeeze(w[None] * mask, 0),
     "reshaped after": lambda w, mask: w * mask[None].squeeze(0),

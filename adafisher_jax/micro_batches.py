@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path, check_factors, check_layout
+from adafisher_jax.layout import Layer, Layout, check_factors, check_layout
+from adafisher_jax.paths import by_path
 from adafisher_jax.random_counts import check_random_counts
 
 

@@ -10,9 +10,10 @@ from flax.nnx import extract
 from flax.nnx.transforms.general import merge_inputs, split_inputs
 
 from adafisher_jax import capture
-from adafisher_jax.layout import Layout, by_path, check_layout
+from adafisher_jax.layout import Layout, check_layout
 from adafisher_jax.loss import check_loss, explaining
 from adafisher_jax.micro_batches import over_micro_batches
+from adafisher_jax.paths import by_path
 
 
 def trace_layout(

@@ -11,13 +11,8 @@ import optax
 from adafisher_jax import execution_order
 from adafisher_jax.alike import Group, groups
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import (
-    Layout,
-    by_path,
-    check_factors,
-    check_floating,
-    check_state,
-)
+from adafisher_jax.layout import Layout, check_factors, check_floating, check_state
+from adafisher_jax.paths import by_path
 from adafisher_jax.required import shows_call
 from adafisher_jax.rules import (
     Curvature,

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adafisher_jax.layout import Layer, by_path
+from adafisher_jax.layout import Layer
+from adafisher_jax.paths import by_path
 
 EPSILON = 1e-8
 EVERY = 10  # steps, between two renewals of SOAP's bases

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import adafisher_jax as af
-from adafisher_jax.layout import by_path
+from adafisher_jax.paths import by_path
 
 RULES = ("paper", "official", "centered")
 X = jnp.ones((4, 3))

@@ -20,7 +20,8 @@ from adafisher_jax.capture.reach import places_reached
 from adafisher_jax.capture.uses import Uses, read_uses
 from adafisher_jax.capture.watch import watching
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path, check_floating, named_leaves
+from adafisher_jax.layout import Layer, Layout, check_floating
+from adafisher_jax.paths import by_path, named_leaves
 from adafisher_jax.tap import Statistic, vary_like
 
 

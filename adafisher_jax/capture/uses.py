@@ -22,7 +22,8 @@ from adafisher_jax.capture.origins import COMPUTED, REARRANGED, Origin
 from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
 from adafisher_jax.factors import Axes
-from adafisher_jax.layout import Layer, Layout, Leaf, Named, Uncovered
+from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered
+from adafisher_jax.paths import Named
 from adafisher_jax.statistics import numbered
 
 

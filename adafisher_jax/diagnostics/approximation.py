@@ -10,7 +10,8 @@ import numpy as np
 
 from adafisher_jax.diagnostics.full_factors import FullFactor, choose, full_factors
 from adafisher_jax.diagnostics.pure import pure
-from adafisher_jax.layout import Layer, Layout, by_path, check_layout
+from adafisher_jax.layout import Layer, Layout, check_layout
+from adafisher_jax.paths import by_path
 
 LARGEST = 2000  # the most parameters of a layer whose exact matrix is built by default
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adafisher_jax.layout import by_path
+from adafisher_jax.paths import by_path
 
 LEAST = 1e-10  # the least second variance, relative to the largest: less is round-off
 

@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from adafisher_jax.diagnostics.stored import Stored, of_layers, states
-from adafisher_jax.layout import Layer, Layout, by_path, check_layout
+from adafisher_jax.layout import Layer, Layout, check_layout
 from adafisher_jax.nnx import parameters_of
+from adafisher_jax.paths import by_path
 from adafisher_jax.rules import Rule, Scale, make_rule
 
 QUANTILES = (0.05, 0.5, 0.95)

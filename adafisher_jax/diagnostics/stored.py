@@ -9,8 +9,9 @@ from flax import nnx
 
 from adafisher_jax.alike import places
 from adafisher_jax.factors import Factor
-from adafisher_jax.layout import Layer, Layout, by_path, check_layout
+from adafisher_jax.layout import Layer, Layout, check_layout
 from adafisher_jax.optimizer import ScaleByAdaFisherState
+from adafisher_jax.paths import by_path
 from adafisher_jax.rules import Curvature, Scale
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from adafisher_jax.layout import by_path
+from adafisher_jax.paths import by_path
 
 AVERAGED = 0.95  # as in "centered"
 

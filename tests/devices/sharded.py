@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
 import adafisher_jax as af
-from adafisher_jax.layout import by_path
+from adafisher_jax.paths import by_path
 from benchmarks.communication import COLLECTIVES, INSTRUCTION, shape_bytes
 from tests.devices.tasks import (
     Perceptron,

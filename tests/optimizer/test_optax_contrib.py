@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
-from adafisher_jax.layout import by_path
+from adafisher_jax.paths import by_path
 
 pytestmark = pytest.mark.slow
 

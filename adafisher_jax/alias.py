@@ -8,7 +8,7 @@ import optax
 from adafisher_jax.layout import Layout
 from adafisher_jax.optimizer import scale_by_adafisher
 from adafisher_jax.required import shows_call
-from adafisher_jax.rules import Rule, is_number
+from adafisher_jax.rules import Rule, is_known, is_number
 from adafisher_jax.step import steps_like
 
 
@@ -124,6 +124,8 @@ def _scale(learning_rate: Any) -> optax.GradientTransformation:
 def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """Returns weight decay; the identity, which needs no `params`, for the number zero."""
     _check_rate("weight_decay", weight_decay)
+    if isinstance(mask, str):
+        raise TypeError(f"mask: got {mask!r}, wanted a tree of Booleans or a function of params")
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, mask)
@@ -132,5 +134,5 @@ def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
 def _check_rate(name: str, value: Any) -> None:
     if not (callable(value) or is_number(value)):
         raise TypeError(f"{name}: got {value!r:.60}, wanted a number or a schedule, as 3e-2")
-    if isinstance(value, float) and not math.isfinite(value):  # no step would be finite
+    if is_known(value) and not callable(value) and not math.isfinite(value):  # no step would be
         raise ValueError(f"{name}: got {value}, wanted a finite number or a schedule")

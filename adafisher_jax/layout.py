@@ -354,6 +354,8 @@ def check_state(state: Any, wanted: Any) -> None:
             found = f"{path!r} is missing, wanted shape {want[path]}"
         elif path not in want:
             found = f"{path!r} of shape {got[path]} is not wanted"
+            if path.startswith("mu/"):
+                found += f", since there is no gradient {path.removeprefix('mu/')!r}"
         else:
             found = f"{path!r} has shape {got[path]}, wanted {want[path]}"
         raise ValueError(f"the state is of another model, layout or rule: {found}")

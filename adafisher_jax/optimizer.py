@@ -164,6 +164,8 @@ def scale_by_adafisher(
             ages=jnp.zeros(layers_count, jnp.int32) if own else None,
         )
 
+    compiled_init = jax.jit(init_fn)  # whose shapes JAX keeps between updates outside of jit
+
     def update_fn(
         updates: optax.Updates,
         state: ScaleByAdaFisherState,
@@ -179,7 +181,7 @@ def scale_by_adafisher(
             )
         factors: dict[str, Factor] | None = extra_args.get("factors")
         grads, treedef = by_path(updates)
-        check_state(state, jax.eval_shape(init_fn, updates))
+        check_state(state, compiled_init.eval_shape(updates))
         count = optax.safe_increment(state.count)
         if not grads:
             return updates, state._replace(count=count)

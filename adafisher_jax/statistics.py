@@ -22,7 +22,8 @@ from adafisher_jax.windows import Window
 
 def wide(x: jax.Array) -> jax.Array:
     """Returns an array in at least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    narrow = x.dtype.itemsize < 4  # JAX promotes 8-bit floats and 4-bit integers to no other type
+    return x.astype(jnp.float32 if narrow else jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _sum_squares(x: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -24,6 +24,13 @@ def x64():
 
 
 @pytest.fixture
+def numpy_rules(x64):
+    """Double precision, and the promotion that authors of models count on."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def x(x64):
     """Four rows of three inputs, in double precision."""
     return jnp.array([[0.3, -1.2, 0.7], [1.5, 0.2, -0.4], [0.1, 0.9, 2.0], [-0.6, 0.5, -1.1]])

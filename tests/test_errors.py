@@ -66,6 +66,7 @@ def update(factors, layout=LAYOUT):
         ({"damping": np.float32(-2)}, ["damping", "-2", "at least 0"]),
         ({"damping": jnp.array(-0.5)}, ["damping", "-0.5", "at least 0"]),
         ({"damping": float("nan")}, ["damping", "nan"]),
+        ({"damping": float("inf")}, ["damping", "inf", "finite"]),
         ({"curvature_ema": 1.0}, ["curvature_ema", "1.0", "[0, 1)"]),
         ({"curvature_ema": -0.1}, ["curvature_ema", "-0.1", "[0, 1)"]),
         ({"curvature_ema": "none"}, ["curvature_ema", "'none'", "[0, 1)"]),
@@ -374,12 +375,26 @@ def test_what_is_accumulated_that_has_no_factors():
         af.accumulate(LAYOUT, af.value_and_grad(LOSS, LAYOUT))(PARAMS, batches)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), np.float32(np.nan), jnp.array(-jnp.inf)]
+)
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
 def test_a_rate_that_is_not_finite(name, value):
     settings = {"learning_rate": 1e-3, name: value}
     with says(ValueError, name, str(value), "finite"):
         af.adafisherw(layout=LAYOUT, rule="paper", **settings)
+
+
+def test_a_mask_that_is_a_name():
+    with says(TypeError, "mask", "'kernel'", "Booleans", "function"):
+        af.adafisherw(1e-3, LAYOUT, rule="paper", mask="kernel")
+
+
+def test_a_gradient_that_is_missing():
+    tx = af.adafisher(1e-3, LAYOUT, rule="paper")
+    grads = {**PARAMS, "layers_0": {"kernel": PARAMS["layers_0"]["kernel"]}}
+    with says(ValueError, "the state", "no gradient 'layers_0/bias'"):
+        tx.update(grads, tx.init(PARAMS), PARAMS, factors=None)
 
 
 def test_a_layout_takes_has_aux_as_the_gradient_does():

@@ -31,7 +31,7 @@ from adafisher_jax.capture.found import (
     Refusal,
     without_probe,
 )
-from adafisher_jax.capture.multiplied import multiply
+from adafisher_jax.capture.multiplied import multiply, refuse_looked_up_weights
 from adafisher_jax.capture.origins import (
     ARRAY_OPS,
     COMPUTED,
@@ -61,7 +61,7 @@ def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
     weights: frozenset[Any] = frozenset()
     while True:
         found: Found = []
-        _follow(program.jaxpr, inputs, found, _Around((), (), False, weights))
+        _follow(program.jaxpr, inputs, found, _Around((), (), False, False, weights))
         more = _sources(found) - weights
         if not more or not any(isinstance(x, Refusal) and x.why == OF_PARAMETERS for x in found):
             return found
@@ -82,12 +82,14 @@ class _Around(NamedTuple):
       place: the place of the equation that calls the program, and which of its bodies it is.
       inside: the primitives around the program.
       derived: whether products in the program are derived (see `Product`).
+      tangent: whether products in the program may be of tangents.
       weights: the positions of the parameters that are known to be multiplied by data somewhere.
     """
 
     place: Place
     inside: tuple[str, ...]
     derived: bool
+    tangent: bool
     weights: frozenset[Any]
 
     def at(self, index: int, eqn: core.JaxprEqn) -> "_Around":
@@ -96,8 +98,9 @@ class _Around(NamedTuple):
         name = RECOMPUTED if again else eqn.primitive.name
         scopes = str(eqn.source_info.name_stack)
         derived = self.derived or MARKED in scopes or "transpose(" in scopes
+        tangent = self.tangent or "jvp(" in scopes
         place = (*self.place, (index, 0))
-        return _Around(place, (*self.inside, name), derived, self.weights)
+        return _Around(place, (*self.inside, name), derived, tangent, self.weights)
 
     def body(self, i: int) -> "_Around":
         """Returns what is around body `i` of the same equation."""
@@ -151,7 +154,8 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
             outputs = [common(list(branch)) for branch in zip(*branches, strict=True)]
             outputs = settled(outputs) if name.startswith("custom_") else outputs
         elif name in products.READERS:
-            of_use = here.place, around.inside, here.derived
+            refuse_looked_up_weights(operands, found)
+            of_use = here.place, around.inside, here.derived, here.tangent
             uses, output = multiply(eqn, operands, around.weights, *of_use)
             found += uses
             outputs = [output]

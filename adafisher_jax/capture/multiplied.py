@@ -9,7 +9,14 @@ from jax.extend import core
 
 from adafisher_jax.capture import pieces, products
 from adafisher_jax.capture.found import COMPLEX, OF_PARAMETERS, Found, Product, Refusal
-from adafisher_jax.capture.origins import COMPUTED, Origin, Origins, combined, computed_from
+from adafisher_jax.capture.origins import (
+    COMPUTED,
+    REARRANGED,
+    Origin,
+    Origins,
+    combined,
+    computed_from,
+)
 from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.products import Linear
 
@@ -23,6 +30,7 @@ def multiply(
     place: Place,
     inside: tuple[str, ...],
     derived: bool,
+    tangent: bool,
 ) -> tuple[Found, Origin | None]:
     """Returns the uses of parameters in a product, and the origin of its output.
 
@@ -34,6 +42,7 @@ def multiply(
       place: the place of the equation.
       inside: as in `Product`.
       derived: as in `Product`.
+      tangent: as in `Product`.
     """
     parameters = _parameters(operands[:2])
     both = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
@@ -42,7 +51,10 @@ def multiply(
         ((i, weight),) = weights.items()
         linear = _read(eqn, i)
         if isinstance(linear, str):
-            return [Refusal(weight.source, linear, place, not derived)], _computed(operands)
+            outweighs = not derived and not _picks(eqn)
+            return [Refusal(weight.source, linear, place, outweighs)], computed_from(
+                operands, linear
+            )
         if linear.scales:
             axes = tuple(weight.axes[j] for j in linear.outputs)
             operands[i] = dataclasses.replace(weight, axes=axes)
@@ -54,7 +66,8 @@ def multiply(
         aval: Any = eqn.outvars[0].aval
         output = Origin(place, pieces.whole(aval.shape), frozen=weight.frozen)
         inputs = [x for j, x in both.items() if j != i]
-        product = Product(linear, weight, place, inside, derived, learned=bool(inputs))
+        learned = bool(inputs)
+        product = Product(linear, weight, place, inside, derived, tangent, learned)
         return [product, *_of_parameters(inputs, place)], output
     if both:
         return _of_parameters(both.values(), place), computed_from(operands, OF_PARAMETERS)
@@ -63,9 +76,20 @@ def multiply(
     uses: Found = [Refusal(x.source, _BY_ELEMENT, place, not derived) for x in live]
     for x, other in (operands[:2], operands[1::-1]):
         if x and x.lost:
-            with_data = other is None or other.parameters != x.parameters
+            with_data = not _picks(eqn) and (other is None or other.parameters != x.parameters)
             uses += [Refusal(i, x.lost, place, with_data and not derived) for i in sorted(x.behind)]
     return uses, _computed(operands)
+
+
+def refuse_looked_up_weights(operands: Origins, found: Found) -> None:
+    """Refuses lookups of whole matrices that are operands of a product: they are its weights."""
+    outputs = {x.source for x in operands[:2] if x and x.is_output}
+    for i, use in enumerate(found):
+        if isinstance(use, Product) and use.place in outputs and use.linear.kind == "embedding":
+            roles = [axis.rstrip("0123456789") for axis in use.linear.statistic.weight_axes]
+            if roles.count("out") > 1:
+                source: Any = use.weight.source
+                found[i] = Refusal(source, REARRANGED, use.place, not use.derived)
 
 
 def _of_parameters(parameters: Iterable[Any], place: Place) -> Found:
@@ -100,6 +124,14 @@ def _by_element(eqn: core.JaxprEqn, x: Origin, i: int) -> bool:
         summed, shared = (axes[i] for axes in eqn.params["dimension_numbers"])
         copied |= {axis for axis in x.extended if axis not in (*summed, *shared)}
     return x.varied and bool(copied if x.multiplied else copied - {*shared})
+
+
+def _picks(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation takes entries or a part of an array, which is no product with data."""
+    if eqn.primitive.name != "gather":
+        return False
+    array: Any = eqn.invars[0].aval
+    return len(array.shape) == 1 or isinstance(products.READERS["gather"](eqn, 0), str)
 
 
 def _read(eqn: core.JaxprEqn, i: int) -> Linear | str:

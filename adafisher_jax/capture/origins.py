@@ -37,7 +37,7 @@ class Origin:
       frozen: whether the array passed through `stop_gradient`.
       mixed: whether the array was combined by element with other arrays (a mask, noise).
       varied: whether it was so along axes that the source does not have.
-      multiplied: whether the array was multiplied by a number or by another array.
+      multiplied: whether the array was multiplied by a number or by another array, or masked.
       lost: why the array is no longer the source or a slice of it; empty if it is.
       behind: if the array is lost, the positions of the parameters that it was computed from and
         that are not frozen.
@@ -153,7 +153,6 @@ def of_array_op(eqn: core.JaxprEqn, operands: Origins, is_number: Callable[[Any]
         combined(
             operands,
             scaled=name in _SCALING,
-            multiplied=name in _MULTIPLYING,
             mixed=not (numbers and name in _MULTIPLYING | _MOVING),
         )
     ]
@@ -210,14 +209,13 @@ def computed_from(origins: Origins, why: str) -> Origin | None:
     )
 
 
-def combined(
-    origins: Origins, scaled: bool, multiplied: bool = True, mixed: bool = True
-) -> Origin | None:
+def combined(origins: Origins, scaled: bool, mixed: bool = True) -> Origin | None:
     """Returns the origin of an elementwise combination: that of its one parameter.
 
     Frozen operands count as data. Operands that are added count as data too, such as a gradient
     step: the sum moves with the parameter. Operands that scale a parameter must be data. A single
-    operand that is not `mixed` is multiplied by numbers alone, or they are added to it.
+    operand that is not `mixed` is multiplied by numbers alone, or they are added to it. A parameter
+    that is added to itself is multiplied.
     """
     behind = [x for x in origins if x]
     known = [x for x in behind if not x.lost]
@@ -228,7 +226,7 @@ def combined(
             x,
             mixed=mixed or any(y.mixed for y in known),
             varied=any(y.varied or (mixed and bool(y.extended)) for y in known),
-            multiplied=multiplied or any(y.multiplied for y in known),
+            multiplied=scaled or len(known) > 1 or any(y.multiplied for y in known),
         )
         for x in known
     }

@@ -26,6 +26,8 @@ from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered
 from adafisher_jax.paths import Named
 from adafisher_jax.statistics import numbered
 
+_NO_GRADIENT = "no gradient of the loss reaches the output of its layer"
+
 
 class Uses(NamedTuple):
     """What is known of a traced loss.
@@ -48,7 +50,7 @@ def read_uses(found: Found, reached: set[Place], named: Named) -> Uses:
 
     Args:
       found: the uses in a traced loss.
-      reached: the places that the loss depends on.
+      reached: the places that a gradient of the loss passes through.
       named: the leaves of the loss's first argument, each after the names on its path.
 
     Raises:
@@ -91,8 +93,8 @@ class _Found(NamedTuple):
       completion: how statistics are taken there.
       mark: whether the use is a mark; otherwise it is a product.
       derived: see `Product`.
+      tangent: see `Product`.
       learned: see `Product`.
-      ends: whether a gradient passes through the loops around the use: none is a `while`.
     """
 
     layer: Layer
@@ -101,8 +103,12 @@ class _Found(NamedTuple):
     completion: Completion
     mark: bool
     derived: bool
+    tangent: bool
     learned: bool
-    ends: bool
+
+    @property
+    def form(self) -> tuple[str, Leaf | None]:
+        return self.layer.kind, self.layer.weight
 
 
 class _Reader:
@@ -136,9 +142,10 @@ class _Reader:
         }
         positions = [p.position for p in parameters.values()]
         if not reached:
-            for position in positions:
-                self.unused[position] = "the output of its layer has no part in the loss"
+            self.unused.update(dict.fromkeys(positions, _NO_GRADIENT))
             return
+        if use.weight and (computed := mark.origins[0]) and computed.lost:
+            self.problems |= dict.fromkeys(computed.behind, computed.lost)
         problems = [p.problem for p in parameters.values() if p.problem]
         if len({_loops(p.origin) for p in parameters.values()}) > 1:
             problems.append("stacked unlike the layer's other parameter")
@@ -152,8 +159,8 @@ class _Reader:
             i = mark.origins.index(main.origin)
             carrier = _carrier(main.origin, mark.place)
             completion = Completion(carrier, mark.axes[i], parameter=i)
-            of_use = False, False, "while" not in mark.inside
-            self._add(main, _Found(layer, main.origin, mark.place, completion, True, *of_use))
+            found = _Found(layer, main.origin, mark.place, completion, True, False, False, False)
+            self._add(main, found)
         else:
             for bias in parameters.values():
                 self.problems[bias.position] = "the weight of its layer is no parameter as it is"
@@ -162,7 +169,10 @@ class _Reader:
         """Notes one product of a parameter with data."""
         linear, origin = product.linear, product.weight
         assert isinstance(origin.source, int)
-        if not reached or (origin.frozen and (origin.mixed or origin.multiplied)):
+        if not reached:
+            self.unused[origin.source] = _NO_GRADIENT
+            return
+        if origin.frozen and (origin.mixed or origin.multiplied):
             return
         names, array = self.named[origin.source]
         problem = _problem(product.inside, origin)
@@ -179,7 +189,7 @@ class _Reader:
             weight.layer_path, linear.kind, leaf, self._bias(product, leaf), linear.groups
         )
         completion = Completion(_carrier(origin, product.place), origin.axes, linear=linear)
-        of_use = product.derived, product.learned, "while" not in product.inside
+        of_use = product.derived, product.tangent, product.learned
         self._add(weight, _Found(layer, origin, product.place, completion, False, *of_use))
 
     def _bias(self, product: Product, weight: Leaf) -> Leaf | None:
@@ -222,27 +232,27 @@ class _Reader:
         covered: dict[int, Layer] = {}
         completions: dict[Place, Completion] = {}
         chosen = {
-            position: _describing([self._with_sound_bias(f) for f in found])
+            position: _describing(_live([self._with_sound_bias(f) for f in found]))
             for position, found in self.found.items()
             if position not in self.problems
         }
         owners: dict[str, set[int]] = {}
         for position, found in chosen.items():
-            for leaf in {leaf for f in found for leaf in f.layer.leaves}:
-                owners.setdefault(leaf.path, set()).add(position)
+            for bias in {f.layer.bias for f in found if f.layer.bias}:
+                owners.setdefault(bias.path, set()).add(position)
         for position, found in chosen.items():
+            if len({_without_bias(f.layer) for f in found}) > 1:
+                paths = {leaf.path for f in found for leaf in f.layer.leaves}
+                self._refuse(paths, "used by several layers that differ in their axes")
+                continue
             layer = found[0].layer
-            if any(f.layer != layer for f in found):
-                self._refuse(found, "used by several layers that differ in their bias or axes")
-                continue
-            if any(owners[leaf.path] != {position} for leaf in layer.leaves):
-                self._refuse(found, "shares its bias with another layer")
-                continue
+            biases = {f.layer.bias for f in found}
+            paths = {bias.path for bias in biases if bias}
+            if layer.weight and (len(biases) > 1 or any(len(owners[b]) > 1 for b in paths)):
+                layer = _without_bias(layer)
+                self._refuse(paths, "a bias of several layers, or of some uses of a weight alone")
             covered[position] = layer
-            # Uses behind stop_gradient count only if there are no others. Nothing is captured in a
-            # loop through which no gradient passes.
-            live = [f for f in found if not f.origin.frozen] or found
-            completions |= {f.place: f.completion for f in live if f.ends}
+            completions |= {f.place: f.completion for f in found}
         holders = collections.Counter(layer.path for layer in covered.values())
         for position, layer in covered.items():
             if holders[layer.path] > 1:  # several layers in one module: the path is the weight's
@@ -275,34 +285,41 @@ class _Reader:
         bias = found.layer.bias
         if bias is None or bias.path not in (self.paths[i] for i in self.problems):
             return found
-        return found._replace(layer=dataclasses.replace(found.layer, bias=None))
+        return found._replace(layer=_without_bias(found.layer))
 
-    def _refuse(self, found: list[_Found], why: str) -> None:
-        paths = {leaf.path for f in found for leaf in f.layer.leaves}
+    def _refuse(self, paths: set[str], why: str) -> None:
         self.problems |= {i: why for i, path in enumerate(self.paths) if path in paths}
 
 
 def _problem(inside: tuple[str, ...], origin: Origin) -> str:
-    """Returns why no probe reaches a use inside some primitives; empty if one does.
-
-    A `while` loop is no reason: no gradient passes through it, so its uses need no probe.
-    """
+    """Returns why no probe reaches a use inside some primitives; empty if one does."""
     for name in inside:
         if name == RECOMPUTED:  # the call runs twice, and each run has a part of its cotangent
             return "computed again by jax.checkpoint for a gradient inside the loss"
         if name.startswith("custom_"):
             return "used inside a function with its own derivative rule"
-        if name not in ENTERED and name != "while":
+        if name not in ENTERED:
             return without_probe(name)
     return "repeated before its layer uses it" if origin.repeated else ""
+
+
+def _without_bias(layer: Layer) -> Layer:
+    return dataclasses.replace(layer, bias=None)
+
+
+def _live(found: list[_Found]) -> list[_Found]:
+    """Returns the uses that are not behind `stop_gradient`, or all if there are no others."""
+    return [f for f in found if not f.origin.frozen] or found
 
 
 def _describing(found: list[_Found]) -> list[_Found]:
     """Returns the uses of a weight whose rows its factors average."""
     found = [f for f in found if not f.derived] or found
     of_data = [f for f in found if not f.learned] or found
-    forms = {(f.layer.kind, f.layer.weight) for f in of_data}
-    found = [f for f in found if (f.layer.kind, f.layer.weight) in forms]
+    forms = {f.form for f in of_data}
+    found = [f for f in found if f.form in forms]
+    biased = {f.form for f in found if f.layer.bias}  # a tangent has no bias
+    found = [f for f in found if f.layer.bias or not (f.tangent and f.form in biased)]
     # An embedding that is looked up is described by its lookups.
     lookups = [f for f in found if f.layer.kind == "embedding"]
     if lookups and all(f in lookups or _attends(f.layer) for f in found):

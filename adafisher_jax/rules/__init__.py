@@ -1,5 +1,6 @@
 """How averaged factors become a preconditioner: one small object for each rule, by name."""
 
+import math
 import numbers
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "Scale",
     "Vectors",
     "check_fraction",
+    "is_known",
     "is_number",
     "make_rule",
 ]
@@ -45,14 +47,14 @@ def make_rule(name: str | Rule, ema: Any = None, damping: Any = None) -> Rule:
     ema = default_ema if ema is None else ema
     damping = default_damping if damping is None else damping
     check_fraction("curvature_ema", ema)
-    if _is_known(damping) and not (is_number(damping) and damping >= 0):
-        raise ValueError(f"damping: got {damping!r}, wanted a number of at least 0")
+    if is_known(damping) and not (is_number(damping) and 0 <= damping < math.inf):
+        raise ValueError(f"damping: got {damping!r}, wanted a finite number of at least 0")
     return rule(ema, damping)
 
 
 def check_fraction(name: str, value: Any) -> None:
     """Raises a `ValueError` for a decay outside [0, 1), unless it is traced."""
-    if _is_known(value) and not (is_number(value) and 0 <= value < 1):
+    if is_known(value) and not (is_number(value) and 0 <= value < 1):
         raise ValueError(f"{name}: got {value!r}, wanted a number in [0, 1)")
 
 
@@ -61,5 +63,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
 
 
-def _is_known(value: Any) -> bool:
+def is_known(value: Any) -> bool:
+    """Whether a value is not traced."""
     return not isinstance(value, jax.core.Tracer)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from adafisher_jax import execution_order, spectrum
 from adafisher_jax.alike import each
-from adafisher_jax.factors import Axes
+from adafisher_jax.factors import Axes, Factor
 from adafisher_jax.layout import Layer, Leaf, unstacked
 from adafisher_jax.meshes import everywhere
-from adafisher_jax.rules.rule import Curvature, Pair, Rule, Scale, Vectors
+from adafisher_jax.rules.rule import Curvature, Outcome, Pair, Rule, Scale, Vectors
 
 # Entries of weights whose steps a CPU holds in memory at a time. Allocators map larger memory anew
 # in every call, which took a third of the update's time.
@@ -46,6 +46,10 @@ class Centered(Rule):
     and large networks. It does not apply below 128, since a bottleneck is not a narrow network, nor
     to embeddings, since a lookup changes by its own row alone.
 
+    A batch whose `H` has more than ten times the sum of the averaged `H` counts as one with ten
+    times the sum, its :math:`\mu` by the root of the same share, and so does one whose `S` has. So
+    no batch in other units decides for the next twenty by which mean inputs are centered.
+
     Without a bias :math:`\mu = 0`. A normalization layer is stepped like a bias. Outside layers,
     and before the first refresh of a layer, matrices are divided by the `rms` of their own steps,
     and vectors by that of the gradient.
@@ -60,6 +64,22 @@ class Centered(Rule):
     b2 = 0.99
     rms = 0.2
     widest = 128  # the longest shorter side of a weight whose steps have that root mean square
+    most = 10.0  # how many times the averages so far the statistics of one batch count
+
+    def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
+        """The averages after new statistics, of which those far above them count less."""
+        slot = jnp.where(old.slot > 0, old.slot, 1)
+
+        def counted(values: jax.Array, averages: jax.Array) -> jax.Array:
+            """The share of the values that counts."""
+            of_batch = _average(values, layer.inner)
+            most = self.most * _average(averages, layer.inner) / slot
+            above = (most > 0) & (of_batch > most)
+            return jnp.where(above, most / jnp.where(above, of_batch, 1), 1)
+
+        h, s = counted(fresh.h, old.factor.h), counted(fresh.s, old.factor.s)
+        fresh = Factor(h * fresh.h, s * fresh.s, fresh.rows, jnp.sqrt(h) * fresh.mean)
+        return super().refresh(layer, old, fresh)
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         axes = at.axes if at else ("",) * leaf.ndim

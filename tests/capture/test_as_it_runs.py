@@ -256,7 +256,7 @@ def test_a_loss_of_derivatives_only_sees_the_last_layer_where_it_is_used(x64):
 
     layout, factors = captured(loss, params, x)
     rows = {row.leaf.path: row.reason for row in layout.uncovered}
-    assert rows == {"last/bias": "the output of its layer has no part in the loss"}
+    assert rows == {"last/bias": "no gradient of the loss reaches the output of its layer"}
     shifted = lambda shift: jnp.mean((force(params, x, shift) - 1) ** 2)  # noqa: E731
     np.testing.assert_allclose(shifted(jnp.zeros(4)), loss(params, x), 1e-12)
     np.testing.assert_allclose(
@@ -277,7 +277,7 @@ def test_an_output_beside_the_loss_is_no_layer_of_it(x64):
     layout = af.trace_layout(loss, params, x)
     assert [layer.path for layer in layout.layers] == ["one"]
     assert {row.reason for row in layout.uncovered} == {
-        "the output of its layer has no part in the loss"
+        "no gradient of the loss reaches the output of its layer"
     }
 
 

@@ -12,15 +12,10 @@ from tests.support.by_definition import check_twin
 from tests.support.every_rule import every_rule
 from tests.support.plain_programs import check
 
+pytestmark = pytest.mark.usefixtures("numpy_rules")
+
 RNG = np.random.default_rng(4)
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def _double_and_numpy_s_rules(x64):
-    """Models are made in double precision, and their authors count on NumPy's promotion."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def size(y):

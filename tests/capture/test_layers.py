@@ -13,8 +13,8 @@ from tests.support.reference import (
     assert_factors,
     captured,
     factors_of,
+    inputs_of,
     loss_of,
-    random_like,
     random_params,
     same_as_plain,
     scalar,
@@ -28,10 +28,6 @@ Dense, DenseGeneral, Einsum, Conv, ConvLocal, ConvTranspose, Embed = (
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def inputs_of(shape, seed=1):
-    return random_like(jax.ShapeDtypeStruct(shape, F64), seed)
 
 
 def check(model, *inputs, method=None):

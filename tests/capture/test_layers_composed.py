@@ -14,6 +14,7 @@ from tests.support.reference import (
     assert_factors,
     captured,
     factors_of,
+    inputs_of,
     loss_of,
     random_like,
     random_params,
@@ -24,10 +25,6 @@ f64 = functools.partial(functools.partial, param_dtype=F64)
 TOKENS = np.array([[0, 3, 3], [1, 3, 0]])
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
-
-
-def inputs_of(*shape, seed=1):
-    return random_like(jax.ShapeDtypeStruct(shape, F64), seed)
 
 
 def check(model, *inputs, **options):
@@ -57,7 +54,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("look_up", [False, True])
 def test_embedding(look_up, attend):
     if look_up or attend:
-        factors = check(Tied(look_up, attend), TOKENS, inputs_of(2, 3, 4))
+        factors = check(Tied(look_up, attend), TOKENS, inputs_of((2, 3, 4)))
         attends = not look_up
         h, s = factors["Embed_0"].h, factors["Embed_0"].s
         assert (h.shape, s.shape) == (((1, 4), (5, 1)) if attends else ((5, 1), (1, 4)))
@@ -77,7 +74,7 @@ def test_embedding_of_one_token(tokens):
 
 
 def test_attend_by_itself():
-    check(nn.Embed(5, 4, param_dtype=F64), inputs_of(2, 3, 4), method="attend")
+    check(nn.Embed(5, 4, param_dtype=F64), inputs_of((2, 3, 4)), method="attend")
 
 
 ATTENTION = {
@@ -97,7 +94,7 @@ ATTENTION = {
 
 @pytest.mark.parametrize(("model", "names"), ATTENTION.values(), ids=ATTENTION)
 def test_attention(model, names):
-    given = {"x": inputs_of(2, 3, 4), "kv": inputs_of(2, 5, 4, seed=2)}
+    given = {"x": inputs_of((2, 3, 4)), "kv": inputs_of((2, 5, 4), seed=2)}
     factors = check(model, *(given[name] for name in names))
     assert factors["query"].h.shape == (4, 1, 1)
     assert factors["out"].s.shape[:2] == (1, 1)
@@ -110,7 +107,7 @@ def test_masked_self_attention():
             mask = nn.make_causal_mask(x[..., 0])
             return nn.MultiHeadDotProductAttention(2, param_dtype=F64)(x, mask=mask)
 
-    check(Model(), inputs_of(2, 3, 4))
+    check(Model(), inputs_of((2, 3, 4)))
 
 
 CELLS = {
@@ -162,7 +159,7 @@ class Recurrent(nn.Module):
 @functools.cache
 def plain_factors(cell, once):
     """The parameters, inputs and factors of a cell called once or in a Python loop."""
-    xs = inputs_of(2, 2, 4, 2) if isinstance(cell, nn.ConvLSTMCell) else inputs_of(2, 2, 2)
+    xs = inputs_of((2, 2, 4, 2)) if isinstance(cell, nn.ConvLSTMCell) else inputs_of((2, 2, 2))
     if isinstance(cell, nn.OptimizedLSTMCell):
         cell = nn.LSTMCell(cell.features, param_dtype=F64)
     model = Recurrent(cell, "once" if once else "loop")
@@ -198,7 +195,7 @@ def test_bidirectional_rnn():
                 ys.append(jnp.stack(outputs[::order], 1))
             return jnp.concatenate(ys, -1)
 
-    xs = inputs_of(2, 2, 2)
+    xs = inputs_of((2, 2, 2))
     model = nn.Bidirectional(*(nn.RNN(nn.SimpleCell(3, param_dtype=F64)) for _ in range(2)))
     params = random_params(model, xs)
     layout, factors = captured(loss_of(model), params, xs, exact=False)
@@ -223,7 +220,7 @@ LIFTED = {
 @pytest.mark.parametrize("model", LIFTED.values(), ids=LIFTED)
 def test_a_layer_class_that_is_lifted_itself(model):
     """No module of the user's own around it; the layer's class is Flax's, renamed."""
-    x = inputs_of(2, 5, 3)
+    x = inputs_of((2, 5, 3))
     method = "attend" if isinstance(model, nn.Embed) else None
     base = type(model).__mro__[1]
     fields = {name: getattr(model, name) for name in model.__dataclass_fields__ if name != "parent"}
@@ -273,7 +270,7 @@ NORMS = {
 
 @pytest.mark.parametrize(("layer", "shape"), NORMS.values(), ids=NORMS)
 def test_norm(layer, shape):
-    x = inputs_of(*shape)
+    x = inputs_of(shape)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
     params = random_like(shapes["params"])
     stats = jax.tree.map(
@@ -345,7 +342,7 @@ UNCOVERED = {
 
 @pytest.mark.parametrize("inner", UNCOVERED)
 def test_uncovered_parameters_are_listed_and_disturb_nothing(inner):
-    model, x = Stack(inner), inputs_of(4, 2)
+    model, x = Stack(inner), inputs_of((4, 2))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     params = random_like(shapes["params"])
     rest = random_like({k: v for k, v in shapes.items() if k != "params"})
@@ -376,6 +373,6 @@ def test_layers_around_uncovered_ones_only():
         def __call__(self, x):
             return x * self.param("gain", nn.initializers.ones, (), F64)
 
-    x = inputs_of(4, 2)
+    x = inputs_of((4, 2))
     with pytest.raises(ValueError, match="the capture met no layer"):
         af.trace_layout(loss_of(Bare()), random_params(Bare(), x), x)

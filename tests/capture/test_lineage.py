@@ -125,7 +125,7 @@ HANDED_ON = {
         lambda w, x: used(w / jnp.sqrt(2.0) * jnp.ones((4, 3, 2))),
         whole(multiplied=True),
     ),
-    "where": (lambda w, x: used(jnp.where(jnp.ones((4, 3, 2), bool), w, 0)), whole(mixed=True)),
+    "where": (lambda w, x: used(jnp.where(jnp.ones((4, 3, 2), bool), w, 0)), MASKED),
     "beside its frozen self": (lambda w, x: used(w * lax.stop_gradient(w)), MASKED),
     "straight-through rounding": (
         lambda w, x: used(w + lax.stop_gradient(jnp.round(w) - w)),
@@ -141,7 +141,7 @@ HANDED_ON = {
     ),
     "added: what it was computed from": (
         lambda w, x: used(w + w.reshape(24).reshape(4, 3, 2)),
-        whole(mixed=True),
+        MASKED,
     ),
     "added: another's": (lambda w, x: used(w + jnp.sum(x)), whole(mixed=True)),
     "over its norm": (lambda w, x: used(w / jnp.linalg.norm(w)), lost(TRANSFORMED)),
@@ -369,7 +369,7 @@ def test_several_parameters_of_a_use_keep_their_order():
     assert found.origins == (
         Origin(1, axes(0, shape=(5,))),
         whole(),
-        Origin(1, axes(0, shape=(5,)), mixed=True),
+        Origin(1, axes(0, shape=(5,)), mixed=True, multiplied=True),
     )
 
 

@@ -9,6 +9,8 @@ import adafisher_jax as af
 from tests.support.by_definition import check_twin
 from tests.support.losses import size
 
+pytestmark = pytest.mark.usefixtures("numpy_rules")
+
 RNG = np.random.default_rng(5)
 BY_ELEMENT = "combined by element with data along axes that it does not have"
 OF_PARAMETERS = "multiplied by another parameter before any data"
@@ -16,12 +18,6 @@ OF_PARAMETERS = "multiplied by another parameter before any data"
 
 def real(*shape):
     return jnp.asarray(RNG.normal(size=shape))
-
-
-@pytest.fixture(autouse=True)
-def _plain_numpy_rules(x64):
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def listed(loss_fn, params, *data):

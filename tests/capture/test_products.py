@@ -10,6 +10,8 @@ from jax import lax
 
 from tests.support.plain_programs import check
 
+pytestmark = pytest.mark.usefixtures("numpy_rules")
+
 RNG = np.random.default_rng(7)
 
 
@@ -34,12 +36,6 @@ def one(fun, x, w, ins, bias=None, add=lambda y, b: y + b, **how):
         return loss_of(y if bias is None else add(y, mode.of(params["b"])))
 
     return program, {"w": w} | ({} if bias is None else {"b": bias}), x
-
-
-@pytest.fixture(autouse=True)
-def _plain_numpy_rules(x64):
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def einsum(equation):

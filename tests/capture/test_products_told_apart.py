@@ -13,11 +13,13 @@ from jax.sharding import AxisType, PartitionSpec
 import adafisher_jax as af
 from tests.support.reference import fast_jit
 
+pytestmark = pytest.mark.usefixtures("numpy_rules")
+
 RNG = np.random.default_rng(3)
 REARRANGED = "only a slice or a rearrangement of it reaches its layer"
 COMPUTED = "no layer of a known kind uses it as it is"
 TRANSFORMED = "transformed before its layer uses it"
-SEVERAL = "used by several layers that differ in their bias or axes"
+SEVERAL = "used by several layers that differ in their axes"
 OWN_RULE = "used inside a function with its own derivative rule"
 OF_PARAMETERS = "multiplied by another parameter before any data"
 COMPLEX = "complex, for which the factors are not defined"
@@ -25,12 +27,6 @@ COMPLEX = "complex, for which the factors are not defined"
 
 def real(*shape):
     return RNG.normal(size=shape)
-
-
-@pytest.fixture(autouse=True)
-def _plain_numpy_rules(x64):
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def loss_of(y):
@@ -327,6 +323,24 @@ def test_directional_derivatives_are_rows():
     assert_rows(factors[""], [X, direction], list(found))
 
 
+def test_tangents_are_no_rows_of_a_layer_with_a_bias():
+    """They have none, so their inputs have no part in the mean by which inputs are centered."""
+    direction, params = real(4, 5), MAP | {"b": real(3)}
+
+    def loss_fn(params, x):
+        y, dy = jax.jvp(lambda x: jnp.sin(x @ params["w"] + params["b"]), (x,), (direction,))
+        return loss_of(y) + loss_of(dy)
+
+    layout, factors = captured(loss_fn, params, X)
+    assert layout.covered == 1
+
+    def of_output(y):
+        return loss_of(jnp.sin(y)) + loss_of(jnp.cos(y) * (direction @ params["w"]))
+
+    found = jax.grad(of_output)(X @ params["w"] + params["b"])
+    assert_rows(factors[""], [X], [found])
+
+
 def test_what_is_frozen_counts_only_where_nothing_is_live():
     def frozen(params, x):
         return loss_of(jnp.cos(x) @ lax.stop_gradient(params["w"]) + x @ params["v"])
@@ -363,17 +377,26 @@ def test_a_loop_without_end_takes_no_part():
         return loss_of(lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1] @ params["v"])
 
     _, factors = captured(loss_fn, params, X)
-    assert factors["w"].rows == 0
+    assert factors[""].rows == 4
+
+
+BIASES = {
+    "of two weights": lambda p, x: loss_of(x @ p["w"] + p["b"]) + loss_of(x @ p["v"] + p["b"]),
+    "of one use of two": lambda p, x: (
+        loss_of(x @ p["w"] + p["b"]) + loss_of(jnp.cos(x) @ p["w"] + p["c"]) + loss_of(x @ p["v"])
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_a_bias_that_is_not_of_one_weight_alone_is_listed(case):
+    """The weights are layers without one."""
+    params = {"w": real(5, 3), "v": real(5, 3), "b": real(3), "c": real(3)}
+    layout, factors = captured(BIASES[case], params, X)
+    assert {layer.path: layer.bias for layer in layout.layers} == {"w": None, "v": None}
     assert factors["v"].rows == 4
-
-
-def test_a_shared_bias_and_its_layers_are_listed():
-    params = {"w": real(5, 3), "v": real(5, 3), "b": real(3)}
-
-    def loss_fn(params, x):
-        return loss_of(x @ params["w"] + params["b"]) + loss_of(x @ params["v"] + params["b"])
-
-    assert set(listed(loss_fn, params, X).values()) == {"shares its bias with another layer"}
+    assert factors["w"].rows == (4 if case == "of two weights" else 8)
+    assert "bias of several layers" in {row.leaf.path: row.reason for row in layout.uncovered}["b"]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -569,3 +592,128 @@ def test_whole_factors_that_are_not_defined_are_refused(name):
     assert layout.covered == 1
     with pytest.raises(ValueError, match="leave its layer out of `paths`"):
         af.diagnostics.full_factors(loss_fn, layout)(params, X)
+
+
+def spectral(w, x):
+    frozen = lax.stop_gradient(w)
+    return x @ (w / jnp.linalg.norm(jnp.ones(5) @ frozen @ frozen.T))
+
+
+NO_GRADIENT = {
+    "by a frozen transpose": lambda w, x: x @ lax.stop_gradient(w).T,
+    "a frozen output": lambda w, x: lax.stop_gradient(x @ w.T),
+    "a part, frozen after": lambda w, x: lax.stop_gradient(x @ w[:, :2]),
+    "the largest of a part": lambda w, x: jnp.argmax(x @ w[:, :2], -1),
+    "how many of a part are positive": lambda w, x: (x @ w[:, :2] > 0).sum(-1),
+    "looked up without end": lambda w, x: lax.while_loop(
+        lambda i: i < 3, lambda i: i + 1 + jnp.argmax(w[i % 2] @ w.T), 0
+    ),
+    "looked up, frozen after": lambda w, x: lax.stop_gradient(w[jnp.array([1, 3])]),
+    "looked up, frozen before": lambda w, x: lax.stop_gradient(w)[jnp.array([1, 3])],
+}
+
+
+@pytest.mark.parametrize("case", NO_GRADIENT)
+def test_a_use_without_gradient_does_not_count(case):
+    def loss_fn(params, x):
+        beside = NO_GRADIENT[case](params["w"], x)
+        return loss_of(x @ params["w"]) + 1e-9 * jnp.sum(beside)
+
+    layout, factors = captured(loss_fn, SQUARE, X)
+    assert layout.covered == 1
+    assert_rows(factors[""], [X], [cotangents(X @ SQUARE["w"])])
+
+
+def test_a_weight_over_its_frozen_norm():
+    layout, factors = captured(lambda p, x: loss_of(spectral(p["w"], x)), SQUARE, X)
+    assert layout.covered == 1
+    assert_rows(factors[""], [X], [cotangents(spectral(SQUARE["w"], X))])
+
+
+def test_a_gradient_alone_is_described_by_its_own_product():
+    """The derivative of a rectifier depends on its input by a comparison."""
+    v = real(5, 3)
+
+    def loss_fn(params, x):
+        def energy(x):
+            return jnp.sum(jnp.maximum(x @ params["w"], 0) @ jnp.ones(3))
+
+        return loss_of(jax.grad(energy)(x))
+
+    params = {"w": v}
+    layout, factors = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    gate = (X @ v > 0).astype(float)
+    found, outputs = factors[""], cotangents(gate @ v.T)
+    assert found.rows == 4
+    np.testing.assert_allclose(found.h.ravel(), (gate**2).mean(0), rtol=1e-9)
+    np.testing.assert_allclose(found.s.ravel(), (outputs**2).mean(0), rtol=1e-9)
+
+
+PICKED = {
+    "a determinant": lambda w: jnp.linalg.slogdet(w)[1],
+    "a diagonal": lambda w: jnp.sum(jnp.diagonal(w) ** 2),
+    "the diagonal of a product": lambda w: jnp.sum(jnp.diagonal(w @ w.T)),
+    "norms of some columns": lambda w: jnp.sum(jnp.linalg.norm(w, axis=0)[jnp.array([0, 2])]),
+}
+
+
+@pytest.mark.parametrize("case", PICKED)
+def test_entries_that_are_picked_are_no_use_of_a_weight(case):
+    def loss_fn(params, x):
+        return loss_of(x @ params["w"]) + PICKED[case](params["w"])
+
+    layout, factors = captured(loss_fn, SQUARE, X)
+    assert layout.covered == 1
+    assert_rows(factors[""], [X], [cotangents(X @ SQUARE["w"])])
+
+
+LOOKED_UP = {
+    "a layer by its number": lambda w, x: lax.scan(
+        lambda c, i: (jnp.tanh(c @ jnp.take(w, i, axis=0)), None), x, jnp.arange(2)
+    )[0],
+    "an expert for each row": lambda w, x: jax.vmap(lambda x, i: x @ w[i])(
+        x, jnp.arange(len(x)) % 2
+    ),
+    "the same, as one product": lambda w, x: jnp.einsum("bi,bio->bo", x, w[jnp.arange(4) % 2]),
+}
+
+
+@pytest.mark.parametrize("case", LOOKED_UP)
+def test_matrices_that_are_looked_up_are_no_embedding(case):
+    def loss_fn(params, x):
+        return loss_of(LOOKED_UP[case](params["w"], x)) + loss_of(x @ params["v"])
+
+    assert listed(loss_fn, {"w": real(2, 5, 5)} | {"v": real(5, 2)}, X) == {"w": REARRANGED}
+
+
+def test_a_table_of_matrices_whose_rows_are_data_is_an_embedding():
+    table, ids = real(7, 3, 2), jnp.array([1, 2, 6, 2])
+
+    def loss_fn(params, ids):
+        return loss_of(jnp.sin(params["t"][ids]))
+
+    layout, factors = captured(loss_fn, {"t": table}, ids)
+    assert layout.layers[0].kind == "embedding"
+    np.testing.assert_allclose(factors[""].h.ravel(), np.bincount(ids, minlength=7) / 4)
+
+
+@pytest.mark.parametrize("narrow", ["float8_e4m3fn", "int4", "bool"])
+def test_data_of_a_narrow_type(narrow):
+    x = jnp.asarray(X > 0, narrow)
+
+    def loss_fn(params, x):
+        y = lax.dot_general(x, params["w"], (((1,), (0,)), ((), ())), preferred_element_type=float)
+        return loss_of(y)
+
+    params = {"w": jnp.asarray(MAP["w"])}
+    layout = af.trace_layout(loss_fn, params, x)
+    _, _, factors = af.value_and_grad(loss_fn, layout)(params, x)
+    np.testing.assert_allclose(factors[""].h.ravel(), np.mean(X > 0, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", [lambda gate, b: jnp.where(gate, b, 0.0), lambda gate, b: gate * b])
+def test_what_is_added_to_some_rows_is_no_bias(how):
+    params = MAP | {"b": real(3)}
+    reasons = listed(lambda p, x: loss_of(x @ p["w"] + how(x[:, :1] > 0, p["b"])), params, X)
+    assert reasons.keys() == {"b"}

@@ -1,4 +1,4 @@
-"""What a program's outputs depend on, through every way JAX has of calling a program."""
+"""What a gradient passes through, in every way JAX has of calling a program."""
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,14 @@ def in_while(x):
     return lax.while_loop(lambda c: c[0] < 9, lambda c: (jnp.sin(c[0]), jnp.cos(c[1])), (x, x))
 
 
+@jax.custom_jvp
+def with_own_rule(x):
+    return in_while(lax.stop_gradient(x))
+
+
+with_own_rule.defjvp(lambda primals, tangents: (in_while(*primals), in_while(*tangents)))
+
+
 def in_cond(x):
     return lax.cond(x > 0, two, lambda x: (x, jnp.cos(x)), x)
 
@@ -91,12 +99,16 @@ CASES = {
     "carried": (in_scan, (1, 0), ((1, 1), (0, 1))),
     "stacked, of what is carried": (in_scan, (0, 1), ((1, 1), (1, 1))),
     "carried from one to another": (handed_on, (1, 0), ((0, 1), (1, 1))),
-    "a loop without end": (in_while, (1, 0), ((1, 1), (1, 1))),
+    "a loop without end": (in_while, (1, 0), ((0, 1), (0, 1))),
+    "that in a rule of its own": (with_own_rule, (1, 0), ((1, 1), (1, 1))),
+    "stopped": (lambda x: two(lax.stop_gradient(jnp.cos(x))), (1, 0), ((1, 1), (0, 2))),
+    "rounded": (lambda x: two(jnp.round(jnp.cos(x))), (1, 0), ((1, 1), (0, 2))),
+    "compared": (lambda x: jnp.where(jnp.sin(x) > 0, jnp.cos(x), 1.0), (1,), ((0, 1), (1, 1))),
     "branches": (in_cond, (1, 0), ((1, 1), (0, 2))),
     "written to a mutable array": (written, (1, 0), ((1, 1), (0, 1))),
     "beside a mutable array": (written, (0, 1), ((0, 1), (1, 1))),
     "read before it is written": (read_before, (1, 0), ((1, 1), (0, 1))),
-    "which branch it is": (of_index, (1, 0), ((1, 1), (1, 2))),
+    "which branch it is": (of_index, (1, 0), ((0, 1), (1, 2))),
 }
 
 

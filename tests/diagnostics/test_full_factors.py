@@ -22,10 +22,10 @@ from tests.support.reference import (
     calls_of,
     fast_jit,
     in_turn,
+    inputs_of,
     jacobian_of,
     loss_of,
     matched_axes,
-    random_like,
     random_params,
     scalar,
     slices,
@@ -125,21 +125,17 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
-def inputs_of(*shape, seed=1):
-    return random_like(jax.ShapeDtypeStruct(shape, F64), seed)
-
-
 Embed = functools.partial(nn.Embed, param_dtype=F64)
 with jax.enable_x64(True):
     CASES = {
-        f"{kind}: {name}": (layer, inputs_of(*shape), "__call__")
+        f"{kind}: {name}": (layer, inputs_of(shape), "__call__")
         for kind, names in GEOMETRIES.items()
         for name in names
         for layer, shape in [ALL[f"{kind}: {name}"]]
     } | {
         "embedding": (Embed(5, 2), np.array([[-1, 2, -3], [2, 0, 4]]), "__call__"),
         "embedding of one": (Embed(1, 2), np.array([0, 0]), "__call__"),
-        "attend": (Embed(5, 4), inputs_of(2, 3, 4), "attend"),
+        "attend": (Embed(5, 4), inputs_of((2, 3, 4)), "attend"),
     }
 
 
@@ -172,7 +168,7 @@ def test_whole_factors_are_those_of_the_definition(name):
 
 
 def test_a_convolution_against_the_patches_of_jax():
-    x = inputs_of(2, 7, 6, 3)
+    x = inputs_of((2, 7, 6, 3))
     layer = Conv(4, (3, 2), strides=(2, 1), padding=((1, 2), (0, 1)), kernel_dilation=(2, 1))
     params = random_params(layer, x)
     _, full, _ = captured(loss_of(layer), params, x)
@@ -258,7 +254,7 @@ def lifted():
             scalar(model.apply({"params": params[name]}, x)) for name, (model, *_) in LIFTED.items()
         )
 
-    x = inputs_of(4, 3)
+    x = inputs_of((4, 3))
     params = {name: random_params(model, x) for name, (model, *_) in LIFTED.items()}
     layout, full, factors = captured(loss_fn, params, x)
     return params, x, [(layer, full[layer.path], factors[layer.path]) for layer in layout.layers]
@@ -293,7 +289,7 @@ def test_lifted_layers_have_the_whole_factors_of_their_unrolled_twins(name):
 def test_the_gates_of_a_recurrent_cell():
     """`OptimizedLSTMCell` computes its gates by one product; its twin by one each."""
     cell, twin = (kind(3, param_dtype=F64) for kind in (nn.OptimizedLSTMCell, nn.LSTMCell))
-    xs = inputs_of(2, 2, 2)
+    xs = inputs_of((2, 2, 2))
     params = random_params(Recurrent(twin, "loop"), xs)
     layout, full, factors = captured(loss_of(Recurrent(cell, "nn.RNN")), params, xs)
     calls = calls_of(loss_of(Recurrent(twin, "loop")), params, xs)
@@ -323,7 +319,7 @@ class Net(nnx.Module):
 
 
 def test_an_nnx_module_is_read_and_left_as_it_was():
-    model, x = nnx_reference.random_model(Net), inputs_of(2, 5, 2)
+    model, x = nnx_reference.random_model(Net), inputs_of((2, 5, 2))
     layout = af.nnx.trace_layout(nnx_reference.loss_of, model, x)
     before = jax.tree.map(nnx_reference._numbers, nnx.to_pure_dict(nnx.state(model)))
     found = fast_jit(full_factors(nnx_reference.loss_of, layout))(model, x)
@@ -367,7 +363,7 @@ def test_pooled_batches_are_one_batch():
             for name, model in models.items()
         )
 
-    x = inputs_of(2, 7, 3)
+    x = inputs_of((2, 7, 3))
     params = {name: random_params(model, x) for name, model in models.items()}
     factors_fn = full_factors(loss_fn, af.trace_layout(loss_fn, params, x))
 
@@ -388,7 +384,7 @@ def two_models(params, x, *, both=True):
 
 
 def test_a_layer_that_takes_no_part_has_zeros_and_weighs_nothing():
-    x = inputs_of(4, 3)
+    x = inputs_of((4, 3))
     params = {name: random_params(Dense(2), x) for name in "ab"}
     factors_fn = full_factors(two_models, af.trace_layout(two_models, params, x))
     without, full = fast_jit(lambda *xs: (factors_fn(*xs, both=False), factors_fn(*xs)))(params, x)
@@ -420,7 +416,7 @@ def test_products_are_accumulated_in_float32_whatever_the_loss_computes_in():
 
 
 def test_chosen_layers_are_those_asked_for():
-    x = inputs_of(4, 3)
+    x = inputs_of((4, 3))
     params = {name: random_params(Dense(2), x) for name in "ab"}
     layout = af.trace_layout(two_models, params, x)
     fns = full_factors(two_models, layout), full_factors(two_models, layout, ["b"])
@@ -445,7 +441,7 @@ def test_lookups_are_left_out_unless_asked_for_and_normalization_layers_anyway()
 
 
 def test_errors_say_what_was_given_and_wanted():
-    x = inputs_of(4, 3)
+    x = inputs_of((4, 3))
     params = {name: random_params(Dense(2), x) for name in "ab"}
     layout = af.trace_layout(two_models, params, x)
     with pytest.raises(ValueError, match="paths: got 'c', wanted some of 'a', 'b'"):
@@ -460,7 +456,7 @@ def test_errors_say_what_was_given_and_wanted():
 
 
 def test_an_einsum_over_an_axis_without_inputs_is_refused():
-    layer, x = Einsum((2, 4, 3), "bi,iko->bo"), inputs_of(5, 2)
+    layer, x = Einsum((2, 4, 3), "bi,iko->bo"), inputs_of((5, 2))
     params = random_params(layer, x)
     layout = af.trace_layout(loss_of(layer), params, x)
     with pytest.raises(ValueError, match="bi,iko->bo sums its weight"):

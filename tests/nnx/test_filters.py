@@ -10,8 +10,8 @@ from flax import nnx
 
 import adafisher_jax as af
 from tests.support.every_rule import every_rule
-from tests.support.nnx_reference import Block, inputs_of, loss_of, random_model
-from tests.support.reference import F64, assert_factors, fast_jit, scalar
+from tests.support.nnx_reference import Block, loss_of, random_model
+from tests.support.reference import F64, assert_factors, fast_jit, inputs_of, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -13,11 +13,10 @@ from tests.support.nnx_reference import (
     captured,
     check,
     factors_of,
-    inputs_of,
     loss_of,
     random_model,
 )
-from tests.support.reference import F64, assert_factors, scalar
+from tests.support.reference import F64, assert_factors, inputs_of, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
 

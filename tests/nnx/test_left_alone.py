@@ -16,11 +16,10 @@ from tests.support.nnx_reference import (
     Block,
     captured,
     check,
-    inputs_of,
     loss_of,
     random_model,
 )
-from tests.support.reference import F64, scalar
+from tests.support.reference import F64, inputs_of, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -11,11 +11,10 @@ from tests.support.nnx_reference import (
     Block,
     captured,
     factors_of,
-    inputs_of,
     loss_of,
     random_model,
 )
-from tests.support.reference import F64, assert_factors, in_turn, scalar, stacked
+from tests.support.reference import F64, assert_factors, in_turn, inputs_of, scalar, stacked
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 

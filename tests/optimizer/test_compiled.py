@@ -1,6 +1,7 @@
 """What the compiled programs are made of: no timings, only structure."""
 
 import dataclasses
+import gc
 import re
 
 import chex
@@ -264,3 +265,20 @@ def test_a_further_like_layer_adds_to_the_program_what_its_weight_needs(rule):
     added = (operations(10) - operations(6)) / 4
     # Momentum and step of four parameters; a weight's matrix products and what lies between.
     assert added <= (24 if rule == "centered" else 8.5), added
+
+
+def test_updates_outside_of_jit_leave_nothing_behind():
+    layer, rng = LAYERS["dense"], np.random.default_rng(0)
+    tx = af.scale_by_adafisher(layout_of(layer), rule="paper")
+    grads, factors = random_tree(rng, layer), random_factors(rng, layer)
+    state = tx.init(grads)
+
+    def objects_after(updates):
+        for _ in range(updates):
+            tx.update(grads, state, factors=factors)
+        gc.collect()
+        return len(gc.get_objects())
+
+    objects_after(3)  # the first fill the caches of JAX
+    before = objects_after(1)
+    assert objects_after(20) - before < 20

@@ -11,6 +11,7 @@ import pytest
 
 import adafisher_jax as af
 from tests.support.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
+from tests.support.trees import equal
 
 any_rule = pytest.mark.parametrize("rule", ["paper", "official", "centered"])
 RNG = np.random.default_rng(0)
@@ -64,10 +65,6 @@ def assert_finite(carry):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(carry))
 
 
-def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 FAULTS = {
     "nan": lambda x: x.at[3, 1].set(jnp.nan),
     "inf": lambda x: x.at[3, 1].set(jnp.inf),
@@ -105,6 +102,39 @@ def test_the_first_batch_may_be_bad(rule, spoil):
     after = step(step(bad, X), LATER)
     assert_finite(after)
     assert skipped(after)[FIRST] == 1
+
+
+OTHER_UNITS = {
+    "all": lambda x: 1e3 * x,
+    "one entry": lambda x: x.at[3, 1].set(1e6),
+    "a feature": lambda x: x.at[:, 1].multiply(1e4),
+}
+
+
+@pytest.mark.parametrize("spoil", OTHER_UNITS.values(), ids=OTHER_UNITS)
+def test_a_batch_in_other_units_does_not_decide_how_centered_steps_after_it(spoil):
+    model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(32), nn.relu, nn.Dense(2)])
+    params = model.init(jax.random.key(0), X)
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.square(model.apply(params, x) - jnp.tanh(x @ W)))
+
+    layout = af.trace_layout(loss_fn, params, X)
+    tx = af.adafisherw(1e-2, layout, rule="centered")
+
+    @quick_jit
+    def step(carry, x):
+        params, state = carry
+        loss, grads, factors = af.value_and_grad(loss_fn, layout)(params, x)
+        updates, state = tx.update(grads, state, params, factors=factors)
+        return (optax.apply_updates(params, updates), state), loss
+
+    carry, losses = (params, tx.init(params)), []
+    for i in range(60):
+        carry, loss = step(carry, spoil(X) if i == 40 else X)
+        losses.append(loss.item())
+    assert losses[39] < 0.2 * losses[0]
+    assert max(losses[41:]) < 2 * losses[0]  # more than a thousand times that, if all counted
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -21,6 +21,7 @@ from tests.support.hand_made import (
     random_factors,
     random_tree,
 )
+from tests.support.trees import close, equal
 
 DENSE = make_layer("dense", "dense", (3, 4), "in0 out0", "out0")
 STACK = make_layer("stack", "dense", (2, 3, 4), "stack0 in0 out0", "stack0 out0")
@@ -52,15 +53,6 @@ def build(rule="paper", **options):
 
 
 setup = functools.cache(build)
-
-
-def close(a, b, rtol=1e-5, **options):
-    compare = functools.partial(np.testing.assert_allclose, rtol=rtol, **options)
-    jax.tree.map(lambda a, b: compare(np.float64(a), np.float64(b)), a, b)
-
-
-def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def averages(state):

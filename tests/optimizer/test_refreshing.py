@@ -16,7 +16,7 @@ from adafisher_jax import statistics
 from tests.capture.test_probes import PROGRAMS
 from tests.support import nnx_reference
 from tests.support.every_rule import every_rule
-from tests.support.reference import Block, fast_jit, loss_of, random_params, scalar
+from tests.support.reference import Block, fast_jit, inputs_of, loss_of, random_params, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -76,7 +76,7 @@ def test_through_layers_and_lifted_transforms(x):
 
 
 def test_of_an_nnx_model():
-    model, x = nnx_reference.random_model(nnx_reference.Block), nnx_reference.inputs_of((4, 3))
+    model, x = nnx_reference.random_model(nnx_reference.Block), inputs_of((4, 3))
     layout = af.nnx.trace_layout(nnx_reference.loss_of, model, x)
     program = sometimes(nnx_reference.loss_of, layout, af.nnx.value_and_grad, nnx.jit)
     wanted = af.nnx.value_and_grad(nnx_reference.loss_of, layout)(model, x)

@@ -12,6 +12,7 @@ from flax.training import train_state
 
 import adafisher_jax as af
 from tests.support.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
+from tests.support.trees import equal
 
 A = make_layer("a", "dense", (3, 4), "in0 out0", "out0")
 B = make_layer("b", "dense", (4, 2), "in0 out0")
@@ -32,11 +33,6 @@ STEPS = [data(0), (data(1)[0], None), data(2)]
 def create(rule="paper", kind=af.TrainState, **fields):
     tx = af.adafisherw(optax.linear_schedule(0.1, 0.0, 9), LAYOUT, rule=rule)
     return kind.create(apply_fn=jnp.tanh, params=PARAMS, tx=tx, **fields)
-
-
-def equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @any_rule

@@ -1,9 +1,6 @@
 """A few train steps by every rule: a scan, a map and NNX change none of them."""
 
-import functools
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,6 +17,7 @@ from tests.support.reference import (
     random_params,
     slices,
 )
+from tests.support.trees import close
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -73,10 +71,6 @@ def trained(loss_fn, params, rule):
     return params
 
 
-def close(found, expected):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), found, expected)
-
-
 @pytest.mark.parametrize("rule", RATES)
 @pytest.mark.parametrize(("stacked", "run"), [(Scanned, in_turn), (Mapped, each)])
 def test_stacked_blocks_are_trained_as_blocks_apart(stacked, run, rule):
@@ -85,7 +79,7 @@ def test_stacked_blocks_are_trained_as_blocks_apart(stacked, run, rule):
     found = trained(loss_of(stacked()), params, rule)
     expected = trained(loss_of(Apart(run)), apart, rule)
     for i, tree in enumerate(slices(found["blocks"])):
-        close(tree, expected[f"{i}"])
+        close(tree, expected[f"{i}"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("rule", RATES)
@@ -107,4 +101,5 @@ def test_a_model_of_nnx_is_trained_as_one_of_linen(rule):
 
     for _ in range(3):
         ours = step(ours)
-    close(nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, ours)[0], nnx.Param)), expected)
+    found = nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, ours)[0], nnx.Param))
+    close(found, expected, rtol=1e-9)

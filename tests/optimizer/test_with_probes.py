@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 import adafisher_jax as af
 from tests.support.every_rule import every_rule
+from tests.support.trees import close
 
 STEPS = 3
 
@@ -59,10 +60,6 @@ def any_loop(tx, loss, params, x, grad=jax.grad):
     return params
 
 
-def close(found, wanted, tolerance=1e-7):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance), found, wanted)
-
-
 def given_away(tx, layout, params, x, **settings):
     """What a loop of someone else's makes of the parameters; their probes must still be zeros."""
     found = any_loop(
@@ -80,13 +77,13 @@ def given_away(tx, layout, params, x, **settings):
 def test_any_loop_does_what_our_own_does(rule, problem):
     params, x, layout = problem
     tx = optimizer(layout, rule=rule)
-    close(given_away(tx, layout, params, x), by_hand(tx, layout, params, x))
+    close(given_away(tx, layout, params, x), by_hand(tx, layout, params, x), 1e-7)
 
 
 def test_a_clip_inside_the_optimizer_sees_no_probe(problem):
     params, x, layout = problem
     tx = optimizer(layout, optax.clip_by_global_norm(0.1))
-    close(given_away(tx, layout, params, x), by_hand(tx, layout, params, x))
+    close(given_away(tx, layout, params, x), by_hand(tx, layout, params, x), 1e-7)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 2.0])
@@ -117,7 +114,7 @@ def test_a_loop_that_averages_over_devices(problem):
         )
 
     tx = optimizer(layout)
-    close(given_away(tx, layout, params, x, grad=averaged), by_hand(tx, layout, params, x))
+    close(given_away(tx, layout, params, x, grad=averaged), by_hand(tx, layout, params, x), 1e-7)
 
 
 def test_a_loop_that_averages_over_micro_batches_averages_over_all_rows(problem):

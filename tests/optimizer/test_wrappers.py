@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 import adafisher_jax as af
 from tests.support.every_rule import every_rule
 from tests.support.hand_made import layout_of, make_layer, quick_jit, random_factors, random_tree
+from tests.support.trees import close
 
 A = make_layer("a", "dense", (3, 4), "in0 out0", "out0")
 B = make_layer("b", "dense", (4, 2), "in0 out0")
@@ -49,11 +50,6 @@ def inside(state):
 def updates_of(make, rule="paper", **options):
     """The updates of an alias at a learning rate of 0.1; made once."""
     return run(make(0.1, LAYOUT, rule=rule, **options))[0]
-
-
-def close(a, b, rtol=1e-5, **options):
-    compare = functools.partial(np.testing.assert_allclose, rtol=rtol, **options)
-    jax.tree.map(lambda a, b: compare(np.float64(a), np.float64(b)), a, b)
 
 
 # Aliases.

@@ -30,7 +30,8 @@ from tests.support.hand_made import (
 
 RULES = ("paper", "official", "centered")
 B1, GAMMA, LAMBDA, TAU, CENTERED_GAMMA, B2 = 0.9, 0.8, 1e-3, 0.01, 0.95, 0.99
-REFRESHED = (False, True, True, False, True)  # the steps that bring new factors
+# The units of the inputs and of the cotangents in each step that brings factors.
+REFRESHED = (None, (1, 1), (5, 1), None, (1, 5))
 
 check = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -122,8 +123,13 @@ class Reading:
         m_b = (B1 * self.m_b + (1 - B1) * g_b) / ahead
         n, outs = m_w.shape[1:]
         if factor:
+            h, s, mean = self.raw(factor)
+            if self.refreshes:
+                share, share_s = self.counted(h[:, :n], self.h[:, :n]), self.counted(s, self.s)
+                h, s = np.concatenate([share * h[:, :n], h[:, n:]], 1), share_s * s
+                mean = None if mean is None else np.sqrt(share) * mean
             self.refreshes += 1
-            for name, new in zip(("h", "s", "mean"), self.raw(factor), strict=True):
+            for name, new in zip(("h", "s", "mean"), (h, s, mean), strict=True):
                 if new is not None:
                     old = getattr(self, name)
                     setattr(self, name, CENTERED_GAMMA * old + (1 - CENTERED_GAMMA) * new)
@@ -150,6 +156,11 @@ class Reading:
             return d_w, m_b
         d_b = self.over_rms("b", m_b / root_s, g_b)
         return d_w, d_b - np.einsum("bi,bio->bo", mu, d_w)
+
+    def counted(self, new, sums):
+        """The share of a batch's statistics that makes them ten times the averages at most."""
+        most = 10 * sums.sum(1) / (1 - CENTERED_GAMMA**self.refreshes)
+        return np.minimum(1, most / new.sum(1))[:, None]
 
     def flattened(self, block, d):
         """A matrix whose leading singular values are cut, by the formula of `spectrum`."""
@@ -209,9 +220,12 @@ def trajectory(rule, wide=False):
         state = quick_jit(tx.init)(random_tree(rng, *layers))
         update = quick_jit(tx.update)
         steps = []
-        for refreshed in REFRESHED:
+        for units in REFRESHED:
             grads = random_tree(rng, *layers)
-            factors = random_factors(rng, *layers) if refreshed else None
+            factors = units and {
+                path: af.Factor(units[0] ** 2 * h, units[1] ** 2 * s, rows, units[0] * mean)
+                for path, (h, s, rows, mean) in random_factors(rng, *layers).items()
+            }
             updates, state = update(grads, state, factors=factors)
             steps.append((grads, factors, updates))
     return steps
@@ -240,9 +254,8 @@ def check_formula(layer, rule, steps):
     for grads, factors, updates in steps:
         expected = reading.step(*pair(grads), factors and factors[name])
         got = pair(updates)
-        np.testing.assert_allclose(got[0], expected[0], rtol=1e-10, atol=1e-12)
-        if layer.bias:
-            np.testing.assert_allclose(got[1], expected[1], rtol=1e-10, atol=1e-12)
+        for mine, literal in zip(got, expected, strict=True):
+            np.testing.assert_allclose(mine, literal, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -408,14 +421,25 @@ refreshes = st.lists(st.tuples(six, st.none() | BAD, st.integers(0, 2)), min_siz
 @check
 @given(refreshes, st.sampled_from(["paper", "centered"]))
 def test_averages_weigh_good_refreshes_by_their_age_and_skip_bad_ones(sequence, rule):
-    """`Σ γ^(n-i) x_i / Σ γ^(n-i)` over the good ones, wherever unrefreshed steps lie between."""
+    """`Σ γ^(n-i) x_i / Σ γ^(n-i)` over the good ones, wherever unrefreshed steps lie between.
+
+    Under `"centered"` `x_i` is what counts of them: at most ten times the average before.
+    """
     state, update, grads = updater(rule, True)
     good, gamma = [], {"paper": GAMMA, "centered": CENTERED_GAMMA}[rule]
     with jax.enable_x64(True):
         for values, bad, pauses in sequence:
             what, number = bad or (None, None)
             if what is None:
-                good.append(values)
+                counted = values.copy()
+                if rule == "centered" and good:
+                    past = sum(gamma ** (len(good) - 1 - i) * v for i, v in enumerate(good))
+                    past = past / sum(gamma**i for i in range(len(good)))
+                    for of, root in ((slice(2), slice(4, 6)), (slice(2, 4), slice(0))):
+                        share = min(1, 10 * past[of].sum() / values[of].sum())
+                        counted[of] *= share
+                        counted[root] *= np.sqrt(share)
+                good.append(counted)
             elif what == "value":
                 values = np.where(np.arange(6) == int(values[0]) % 6, number, values)
             _, state = update(grads, state, factor_of(values, number if what == "rows" else 3.0))

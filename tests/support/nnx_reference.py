@@ -154,10 +154,6 @@ def random_model(make, seed=0):
     return nnx.merge(graphdef, random_like(params, seed), rest)
 
 
-def inputs_of(shape, seed=1):
-    return random_like(jax.ShapeDtypeStruct(shape, F64), seed)
-
-
 def loss_of(model, *inputs):
     """A loss whose gradient differs at every entry of what the model puts out."""
     return scalar(model(*inputs))

@@ -281,6 +281,11 @@ def random_like(tree, seed=0):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
 
 
+def inputs_of(shape, seed=1):
+    """Normal numbers in double precision."""
+    return random_like(jax.ShapeDtypeStruct(shape, jnp.float64), seed)
+
+
 def random_params(model, *inputs, method=None):
     """Parameters without running an initializer."""
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, method=method))

@@ -1,6 +1,7 @@
 """Origins: from which parameter an array of a traced program came, and what happened to it."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,16 +14,20 @@ from adafisher_jax.capture.places import Place
 
 
 class Slice(NamedTuple):
-    """An axis of which a loop or a `vmap` takes one slice at a time.
+    """An axis, or a part of one, of which a loop or a `vmap` takes one slice at a time.
 
     Attributes:
       axis: the axis of the source.
       loop: the place of the scan that slices. If a `vmap` slices: the place of the mark, and the
         level of the `vmap`.
+      inner: the distance between its neighbouring entries, along what slices before left.
+      left: how many entries of the axis each slice still has.
     """
 
     axis: int
     loop: Place
+    inner: int
+    left: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,12 @@ class Origin:
         return any(map(pieces.repeated, self.axes))
 
     @property
+    def stacks(self) -> dict[int, str]:
+        """The names of the axes that were sliced away."""
+        axes = dict.fromkeys(s.axis for s in self.sliced)
+        return {axis: f"stack{i}" for i, axis in enumerate(axes)}
+
+    @property
     def extended(self) -> tuple[int, ...]:
         """The axes that the source does not have; one of length one may be one of many."""
         return tuple(i for i, axis in enumerate(self.axes) if not axis or pieces.repeated(axis))
@@ -91,10 +102,13 @@ class Origin:
         if not gone or pieces.repeated(gone):
             return dataclasses.replace(self, axes=kept)
         (piece, *more) = gone
-        if more or any(other.axis == piece.axis for axis in kept for other in axis):
+        if more:
             return computed_from([self], REARRANGED)
         assert piece.axis is not None
-        sliced = (*self.sliced, Slice(piece.axis, loop))
+        same = [p for axis in kept for p in axis if p.axis == piece.axis]
+        left = math.prod(p.size for p in same)
+        inner = math.prod(p.size for p in same if p.inner < piece.inner)
+        sliced = (*self.sliced, Slice(piece.axis, loop, inner, left))
         return dataclasses.replace(self, axes=kept, sliced=sliced)
 
 

@@ -149,10 +149,7 @@ class _Threading:
         whole = [c for c in carriers if c in shadows]
         moves: list[core.JaxprEqn] = []
         for carrier in sliced:
-            *before, last = carrier.sliced
-            axis = last.axis - sum(s.axis < last.axis for s in before)
-            order = [axis, *range(axis), *range(axis + 1, _rank(outer[carrier]))]
-            outer[carrier], moved = _transposed(outer[carrier], order)
+            outer[carrier], moved = _sliced_first(outer[carrier], carrier.sliced)
             moves += moved
         avals = {c: [var.aval for var in outer[c]] for c in whole}
         if name == "shard_map":
@@ -220,15 +217,29 @@ def _rank(probe: Vars) -> int:
     return len(aval.shape)
 
 
-def _transposed(probe: Vars, order: list[int]) -> tuple[Vars, list[core.JaxprEqn]]:
-    """Returns the parts of a probe with their axes in another order, and the equations for it."""
-    return _applied(lambda part: jax.lax.transpose(part, order), probe)
+def _sliced_first(probe: Vars, sliced: tuple[Slice, ...]) -> tuple[Vars, list[core.JaxprEqn]]:
+    """Returns the parts of a probe with what is sliced last as their first axis, and equations."""
+    *before, last = sliced
+    axis = last.axis - sum(s.axis < last.axis and s.left == 1 for s in before)
+    rank = _rank(probe)
+
+    def first(part: jax.Array) -> jax.Array:
+        if last.left == 1:
+            return jax.lax.transpose(part, [axis, *range(axis), *range(axis + 1, rank)])
+        outer, after = part.shape[:axis], part.shape[axis + 1 :]
+        size = part.shape[axis] // last.left
+        digits = last.left // last.inner, size, last.inner
+        split = jax.lax.reshape(part, (*outer, *digits, *after))
+        order = [axis + 1, *range(axis + 1), *range(axis + 2, rank + 2)]
+        return jax.lax.reshape(jax.lax.transpose(split, order), (size, *outer, last.left, *after))
+
+    return _applied(first, probe)
 
 
 def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprEqn]]:
     """Returns the parts of a probe in a parameter's form, without axes of copies, and equations."""
     carrier, axes = completion.carrier, [a for a in completion.axes if not repeated(a)]
-    gone = {s.axis for s in carrier.sliced}
+    gone = {s.axis for s in carrier.sliced if s.left == 1}
     known = [i for i in range(_rank(probe) + len(gone)) if i not in gone]
     pieces = sorted((p for axis in axes for p in axis), key=lambda p: (p.axis, -p.inner))
     if axes == [(p,) for p in pieces] and len(axes) == len(known):

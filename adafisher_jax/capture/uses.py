@@ -179,7 +179,7 @@ class _Reader:
         inner = linear.statistic.weight_axes
         axes = None if problem else _source_axes(inner, origin, array.ndim, linear.apart)
         if axes is None:
-            why = problem or "an axis of it is both of inputs and of outputs"
+            why = problem or "an axis of it is split between inputs, outputs and loops"
             outweighs = not product.derived and not origin.frozen
             self.add_refusal(Refusal(origin.source, why, product.place, outweighs), reached)
             return
@@ -199,7 +199,7 @@ class _Reader:
         assert isinstance(product.bias.source, int)
         _, array = self.named[product.bias.source]
         names = {mine: weight.axes[its] for mine, its in product.bias_axes}
-        names |= {s.axis: f"stack{i}" for i, s in enumerate(product.bias.sliced)}
+        names |= product.bias.stacks
         axes = tuple(names.get(i, "") for i in range(array.ndim))
         sizes = dict(zip(weight.axes, weight.shape, strict=True))
         outside = {a for a in weight.axes if not a.startswith("in") and a not in axes}
@@ -347,8 +347,8 @@ def _attends(layer: Layer) -> bool:
     return layer.kind == "attend" or (layer.kind == "dense" and layer.axes == ("out0", "in0"))
 
 
-def _loops(origin: Origin) -> tuple[Place, ...]:
-    return tuple(s.loop for s in origin.sliced)
+def _loops(origin: Origin) -> tuple[tuple[Place, int], ...]:
+    return tuple((s.loop, s.inner) for s in origin.sliced)
 
 
 def _carrier(origin: Origin, place: Place) -> Carrier:
@@ -365,7 +365,7 @@ def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
     """
     if all(len(axis) == 1 and axis[0].inner == 1 for axis in origin.axes):
         names = {axis[0].axis: name for axis, name in zip(origin.axes, inner, strict=True)}
-        names |= {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
+        names |= origin.stacks
         if len(names) == rank == len(origin.axes) + len(origin.sliced):
             return tuple(names[axis] for axis in range(rank))
     return _source_axes(inner, origin, rank)
@@ -384,14 +384,13 @@ def _source_axes(inner: Axes, origin: Origin, rank: int, apart: int = 1) -> Axes
             if piece.axis is not None:
                 roles[piece.axis].add("batch" if role == "out" and before < apart else role)
             before *= piece.size
-    for s in origin.sliced:
-        roles[s.axis] = {"stack"}
+    for i in origin.stacks:
+        roles[i] = (roles[i] - {"batch"}) | {"stack"}  # blocks, whoever takes them apart
     if any(len(found) > 1 for found in roles.values()):
         return None
     # An axis of length one that a reshape removed may have any role; it counts as an output axis.
     found = numbered([next(iter(roles[i]), "out") for i in range(rank)])
-    stacks = {s.axis: f"stack{i}" for i, s in enumerate(origin.sliced)}
-    return tuple(stacks.get(i, name) for i, name in enumerate(found))
+    return tuple(origin.stacks.get(i, name) for i, name in enumerate(found))
 
 
 def _holder(path: tuple[str, ...], name: str) -> tuple[str, ...]:

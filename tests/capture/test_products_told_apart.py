@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("numpy_rules")
 
 RNG = np.random.default_rng(3)
 REARRANGED = "only a slice or a rearrangement of it reaches its layer"
+SPLIT = "an axis of it is split between inputs, outputs and loops"
 COMPUTED = "no layer of a known kind uses it as it is"
 TRANSFORMED = "transformed before its layer uses it"
 SEVERAL = "used by several layers that differ in their axes"
@@ -180,7 +181,9 @@ def test_an_axis_of_inputs_and_outputs_is_listed():
     def loss_fn(params, x):
         return loss_of(x @ params["w"].reshape(5, 3)) + loss_of(x @ params["v"])
 
-    assert listed(loss_fn, params, X) == {"w": "an axis of it is both of inputs and of outputs"}
+    assert listed(loss_fn, params, X) == {
+        "w": "an axis of it is split between inputs, outputs and loops"
+    }
 
 
 def test_weights_made_one_are_listed():

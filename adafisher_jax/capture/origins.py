@@ -83,7 +83,7 @@ class Origin:
         return any(map(pieces.repeated, self.axes))
 
     @property
-    def stacks(self) -> dict[int, str]:
+    def stacks(self) -> dict[Any, str]:
         """The names of the axes that were sliced away."""
         axes = dict.fromkeys(s.axis for s in self.sliced)
         return {axis: f"stack{i}" for i, axis in enumerate(axes)}

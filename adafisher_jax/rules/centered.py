@@ -13,7 +13,7 @@ from adafisher_jax.alike import each
 from adafisher_jax.factors import Axes, Factor
 from adafisher_jax.layout import Layer, Leaf, unstacked
 from adafisher_jax.meshes import everywhere
-from adafisher_jax.rules.rule import Curvature, Outcome, Pair, Rule, Scale, Vectors
+from adafisher_jax.rules.rule import Curvature, Outcome, Pair, Rule, Scale, Vectors, blend, sums
 
 # Entries of weights whose steps a CPU holds in memory at a time. Allocators map larger memory anew
 # in every call, which took a third of the update's time.
@@ -69,17 +69,20 @@ class Centered(Rule):
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         """The averages after new statistics, of which those far above them count less."""
         slot = jnp.where(old.slot > 0, old.slot, 1)
+        of_h, of_mean, before_h = sums(layer, fresh.h, jnp.abs(fresh.mean), old.factor.h)
+        of_s, before_s = sums(layer, fresh.s, old.factor.s)
 
-        def counted(values: jax.Array, averages: jax.Array) -> jax.Array:
-            """The share of the values that counts."""
-            of_batch = _average(values, layer.inner)
-            most = self.most * _average(averages, layer.inner) / slot
+        def share(of_batch: jax.Array, before: jax.Array) -> jax.Array:
+            """The share that counts."""
+            most = self.most * before / slot
             above = (most > 0) & (of_batch > most)
             return jnp.where(above, most / jnp.where(above, of_batch, 1), 1)
 
-        h, s = counted(fresh.h, old.factor.h), counted(fresh.s, old.factor.s)
-        fresh = Factor(h * fresh.h, s * fresh.s, fresh.rows, jnp.sqrt(h) * fresh.mean)
-        return super().refresh(layer, old, fresh)
+        h, s = share(of_h, before_h), share(of_s, before_s)
+        counted = Factor(h * fresh.h, s * fresh.s, fresh.rows, jnp.sqrt(h) * fresh.mean)
+        new = counted, jnp.ones_like(old.slot)
+        finite = jnp.isfinite(of_h + of_mean + of_s)
+        return blend(layer, old, new, fresh.rows, finite, self.ema, 1 - self.ema)
 
     def start_scale(self, leaf: Any, layer: Layer | None, at: Leaf | None) -> Scale | None:
         axes = at.axes if at else ("",) * leaf.ndim

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from adafisher_jax.factors import Factor, to_unit
 from adafisher_jax.layout import Layer
-from adafisher_jax.rules.rule import Curvature, Outcome, Rule, blend
+from adafisher_jax.rules.rule import Curvature, Outcome, Rule, are_finite, blend
 
 
 class Paper(Rule):
@@ -66,7 +66,8 @@ class Official(Rule):
         whole = fresh.h * scale, jnp.full_like(old.slot, scale), fresh.s
         h, slot, s = _minmax(layer, *whole, _ranges(layer, *whole, 1e-6))
         new = (fresh._replace(h=h, s=s), slot)
-        return blend(layer, old, new, fresh, 0.1 * self.ema, 0.01 * self.ema)
+        finite = are_finite(layer, fresh)
+        return blend(layer, old, new, fresh.rows, finite, 0.1 * self.ema, 0.01 * self.ema)
 
     def refreshed(self, curvature: Curvature) -> jax.Array:
         return curvature.slot < 1  # the first refresh takes it far below where it starts

@@ -7,14 +7,14 @@ layers as separate ones. It knows nothing of optax, of Flax or of where factors 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adafisher_jax.alike import each
-from adafisher_jax.factors import Factor, extremes
+from adafisher_jax.factors import Factor
 from adafisher_jax.layout import Layer, Leaf, unstacked
 
 
@@ -114,7 +114,8 @@ class Rule:
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         """The averages after new statistics; unchanged where the statistics are not usable."""
         new = (fresh, jnp.ones_like(old.slot))
-        return blend(layer, old, new, fresh, self.ema, 1 - self.ema)
+        finite = are_finite(layer, fresh)
+        return blend(layer, old, new, fresh.rows, finite, self.ema, 1 - self.ema)
 
     def refreshed(self, curvature: Curvature) -> jax.Array:
         """Which blocks have had statistics; the others are stepped without curvature."""
@@ -160,23 +161,36 @@ class Rule:
         return 1.0
 
 
+def are_finite(layer: Layer, fresh: Factor) -> jax.Array:
+    """Whether the statistics of each block are finite, and their sums."""
+    return jnp.isfinite(sum(sums(layer, fresh.h, jnp.abs(fresh.mean))) + sum(sums(layer, fresh.s)))
+
+
+def sums(layer: Layer, *values: jax.Array) -> Sequence[jax.Array]:
+    """The sums of arrays of one shape over each block, in one reduction."""
+    dtype = jnp.result_type(*values)
+    fixed = tuple(jax.lax.stop_gradient(v).astype(dtype) for v in values)
+    zeros = tuple(jnp.zeros([], dtype) for _ in fixed)
+    found = jax.lax.reduce(fixed, zeros, lambda a, b: tuple(map(jnp.add, a, b)), layer.inner)
+    return [jnp.expand_dims(v, layer.inner) for v in found]
+
+
 def blend(
     layer: Layer,
     old: Curvature,
     new: tuple[Factor, jax.Array],
-    fresh: Factor,
+    rows: jax.Array,
+    finite: jax.Array,
     keep: Any,
     add: Any,
 ) -> tuple[Curvature, Outcome]:
-    """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite."""
-    h, s, _, mean = jax.lax.stop_gradient(fresh)
-    within = unstacked(layer.axes)
-    finite = jnp.isfinite(fresh.rows).reshape(layer.stack_shape)
-    for parts in ((h, mean), (s,)):
-        if parts[0].size:  # the extremes of nothing are infinite
-            for values in jax.tree.leaves(extremes(parts, within)):  # NaN if one entry is
-                finite &= jnp.isfinite(values)
-    took_part = (fresh.rows != 0).reshape(layer.stack_shape)
+    """`keep * old + add * new`; `old` for the stacked layers without rows, or not finite.
+
+    `finite` says of each block whether its statistics are.
+    """
+    whole = jnp.all(finite, unstacked(layer.axes), keepdims=True)
+    finite = whole & jnp.isfinite(rows).reshape(layer.stack_shape)
+    took_part = (rows != 0).reshape(layer.stack_shape)
     usable = took_part & finite
 
     def average(before: jax.Array, after: jax.Array) -> jax.Array:

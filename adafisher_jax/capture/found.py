@@ -1,6 +1,6 @@
 """The three uses of a parameter in a traced program: a known layer, a product, a refused use."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from adafisher_jax.capture.origins import Origin
 from adafisher_jax.capture.pieces import Axes
@@ -48,8 +48,8 @@ class Product(NamedTuple):
       inside: the primitives around the equation, as in `Mark`.
       derived: whether the product lies in the call of a marked layer, or in the backward pass of a
         derivative that the loss takes. Other uses of the weight then describe it, if there are any.
-      tangent: whether the product may be one of tangents, of a forward derivative that the loss
-        takes. Uses of the weight with a bias then describe it, if there are any.
+      written: where its author wrote the product. One of tangents, which a forward derivative
+        inside the loss makes, has that of the product it is the tangent of.
       learned: whether the input comes from a parameter.
       bias: the origin of the parameter that is added to the output.
       bias_axes: pairs of an axis of the bias longer than one and its axis of the weight, both
@@ -61,7 +61,7 @@ class Product(NamedTuple):
     place: Place
     inside: tuple[str, ...]
     derived: bool
-    tangent: bool
+    written: Any
     learned: bool = False
     bias: Origin | None = None
     bias_axes: tuple[tuple[int, int], ...] = ()

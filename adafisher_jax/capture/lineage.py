@@ -61,7 +61,7 @@ def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
     weights: frozenset[Any] = frozenset()
     while True:
         found: Found = []
-        _follow(program.jaxpr, inputs, found, _Around((), (), False, False, weights))
+        _follow(program.jaxpr, inputs, found, _Around((), (), False, weights))
         more = _sources(found) - weights
         if not more or not any(isinstance(x, Refusal) and x.why == OF_PARAMETERS for x in found):
             return found
@@ -82,14 +82,12 @@ class _Around(NamedTuple):
       place: the place of the equation that calls the program, and which of its bodies it is.
       inside: the primitives around the program.
       derived: whether products in the program are derived (see `Product`).
-      tangent: whether products in the program may be of tangents.
       weights: the positions of the parameters that are known to be multiplied by data somewhere.
     """
 
     place: Place
     inside: tuple[str, ...]
     derived: bool
-    tangent: bool
     weights: frozenset[Any]
 
     def at(self, index: int, eqn: core.JaxprEqn) -> "_Around":
@@ -98,9 +96,8 @@ class _Around(NamedTuple):
         name = RECOMPUTED if again else eqn.primitive.name
         scopes = str(eqn.source_info.name_stack)
         derived = self.derived or MARKED in scopes or "transpose(" in scopes
-        tangent = self.tangent or "jvp(" in scopes
         place = (*self.place, (index, 0))
-        return _Around(place, (*self.inside, name), derived, tangent, self.weights)
+        return _Around(place, (*self.inside, name), derived, self.weights)
 
     def body(self, i: int) -> "_Around":
         """Returns what is around body `i` of the same equation."""
@@ -152,10 +149,11 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
             (outputs,) = run(_unsharded(eqn, operands), found)
         elif branches := run(_entering(name, operands), found):
             outputs = [common(list(branch)) for branch in zip(*branches, strict=True)]
-            outputs = settled(outputs) if name.startswith("custom_") else outputs
+            if name.startswith("custom_"):  # the rule decides what its outputs depend on
+                outputs = [x or computed_from(operands, COMPUTED) for x in settled(outputs)]
         elif name in products.READERS:
             refuse_looked_up_weights(operands, found)
-            of_use = here.place, around.inside, here.derived, here.tangent
+            of_use = here.place, around.inside, here.derived
             uses, output = multiply(eqn, operands, around.weights, *of_use)
             found += uses
             outputs = [output]

@@ -30,7 +30,6 @@ def multiply(
     place: Place,
     inside: tuple[str, ...],
     derived: bool,
-    tangent: bool,
 ) -> tuple[Found, Origin | None]:
     """Returns the uses of parameters in a product, and the origin of its output.
 
@@ -42,7 +41,6 @@ def multiply(
       place: the place of the equation.
       inside: as in `Product`.
       derived: as in `Product`.
-      tangent: as in `Product`.
     """
     parameters = _parameters(operands[:2])
     both = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
@@ -66,8 +64,8 @@ def multiply(
         aval: Any = eqn.outvars[0].aval
         output = Origin(place, pieces.whole(aval.shape), frozen=weight.frozen)
         inputs = [x for j, x in both.items() if j != i]
-        learned = bool(inputs)
-        product = Product(linear, weight, place, inside, derived, tangent, learned)
+        written, learned = eqn.source_info.traceback, bool(inputs)
+        product = Product(linear, weight, place, inside, derived, written, learned)
         return [product, *_of_parameters(inputs, place)], output
     if both:
         return _of_parameters(both.values(), place), computed_from(operands, OF_PARAMETERS)
@@ -82,9 +80,11 @@ def multiply(
 
 
 def refuse_looked_up_weights(operands: Origins, found: Found) -> None:
-    """Refuses lookups of whole matrices that are operands of a product: they are its weights."""
+    """Refuses lookups of whole matrices that multiply data: they are weights."""
+    if any(x and x.is_parameter and not x.frozen for x in operands[:2]):
+        return
     outputs = {x.source for x in operands[:2] if x and x.is_output}
-    for i, use in enumerate(found):
+    for i, use in enumerate(found if outputs else []):
         if isinstance(use, Product) and use.place in outputs and use.linear.kind == "embedding":
             roles = [axis.rstrip("0123456789") for axis in use.linear.statistic.weight_axes]
             if roles.count("out") > 1:

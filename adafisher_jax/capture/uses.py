@@ -6,7 +6,7 @@ argument. The result is the `Layout`, and where in the program the statistics of
 
 import collections
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -93,7 +93,7 @@ class _Found(NamedTuple):
       completion: how statistics are taken there.
       mark: whether the use is a mark; otherwise it is a product.
       derived: see `Product`.
-      tangent: see `Product`.
+      written: see `Product`; None of a mark.
       learned: see `Product`.
     """
 
@@ -103,12 +103,17 @@ class _Found(NamedTuple):
     completion: Completion
     mark: bool
     derived: bool
-    tangent: bool
+    written: Any
     learned: bool
 
     @property
     def form(self) -> tuple[str, Leaf | None]:
         return self.layer.kind, self.layer.weight
+
+    def is_tangent(self, other: "_Found") -> bool:
+        """Whether this use, which has no bias, is the tangent of one that has a bias."""
+        same = self.form == other.form and self.written == other.written
+        return same and self.written is not None
 
 
 class _Reader:
@@ -159,7 +164,7 @@ class _Reader:
             i = mark.origins.index(main.origin)
             carrier = _carrier(main.origin, mark.place)
             completion = Completion(carrier, mark.axes[i], parameter=i)
-            found = _Found(layer, main.origin, mark.place, completion, True, False, False, False)
+            found = _Found(layer, main.origin, mark.place, completion, True, False, None, False)
             self._add(main, found)
         else:
             for bias in parameters.values():
@@ -189,7 +194,7 @@ class _Reader:
             weight.layer_path, linear.kind, leaf, self._bias(product, leaf), linear.groups
         )
         completion = Completion(_carrier(origin, product.place), origin.axes, linear=linear)
-        of_use = product.derived, product.tangent, product.learned
+        of_use = product.derived, product.written, product.learned
         self._add(weight, _Found(layer, origin, product.place, completion, False, *of_use))
 
     def _bias(self, product: Product, weight: Leaf) -> Leaf | None:
@@ -238,8 +243,8 @@ class _Reader:
         }
         owners: dict[str, set[int]] = {}
         for position, found in chosen.items():
-            for bias in {f.layer.bias for f in found if f.layer.bias}:
-                owners.setdefault(bias.path, set()).add(position)
+            for leaf in {leaf for f in found for leaf in f.layer.leaves}:
+                owners.setdefault(leaf.path, set()).add(position)
         for position, found in chosen.items():
             if len({_without_bias(f.layer) for f in found}) > 1:
                 paths = {leaf.path for f in found for leaf in f.layer.leaves}
@@ -248,7 +253,8 @@ class _Reader:
             layer = found[0].layer
             biases = {f.layer.bias for f in found}
             paths = {bias.path for bias in biases if bias}
-            if layer.weight and (len(biases) > 1 or any(len(owners[b]) > 1 for b in paths)):
+            shared = any(len(owners[path]) > 1 for path in paths)
+            if layer.weight and (len(biases) > 1 or shared or layer.weight.path in paths):
                 layer = _without_bias(layer)
                 self._refuse(paths, "a bias of several layers, or of some uses of a weight alone")
             covered[position] = layer
@@ -318,8 +324,8 @@ def _describing(found: list[_Found]) -> list[_Found]:
     of_data = [f for f in found if not f.learned] or found
     forms = {f.form for f in of_data}
     found = [f for f in found if f.form in forms]
-    biased = {f.form for f in found if f.layer.bias}  # a tangent has no bias
-    found = [f for f in found if f.layer.bias or not (f.tangent and f.form in biased)]
+    biased = [f for f in found if f.layer.bias]
+    found = [f for f in found if f.layer.bias or not any(map(f.is_tangent, biased))]
     # An embedding that is looked up is described by its lookups.
     lookups = [f for f in found if f.layer.kind == "embedding"]
     if lookups and all(f in lookups or _attends(f.layer) for f in found):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_derivatives import linear_call
 from jax.sharding import AxisType, PartitionSpec
 
 import adafisher_jax as af
@@ -344,6 +345,23 @@ def test_tangents_are_no_rows_of_a_layer_with_a_bias():
     assert_rows(factors[""], [X], [found])
 
 
+def test_a_derivative_around_products_takes_none_of_their_rows():
+    """The second product has no bias, and is no tangent."""
+    params = SQUARE | {"b": real(5)}
+
+    def loss_of_two(params, x):
+        hidden = jnp.tanh(x @ params["w"] + params["b"])
+        return loss_of(hidden @ params["w"])
+
+    def derived(params, x):
+        return jax.value_and_grad(loss_of_two)(params, x)[0]
+
+    for loss_fn in (loss_of_two, derived):
+        layout, factors = captured(loss_fn, params, X)
+        assert layout.covered == 1
+        assert factors[""].rows == 8
+
+
 def test_what_is_frozen_counts_only_where_nothing_is_live():
     def frozen(params, x):
         return loss_of(jnp.cos(x) @ lax.stop_gradient(params["w"]) + x @ params["v"])
@@ -381,6 +399,61 @@ def test_a_loop_without_end_takes_no_part():
 
     _, factors = captured(loss_fn, params, X)
     assert factors[""].rows == 4
+
+
+@jax.custom_vjp
+def with_loss_beside(y, aux):
+    """Hands `y` on, and gives a loss that is not added a gradient."""
+    return y
+
+
+with_loss_beside.defvjp(lambda y, aux: (y, None), lambda _, g: (g, jnp.ones(())))
+
+
+@jax.custom_vjp
+def through_integers(w):
+    return (w * 8).astype(jnp.int8).astype(w.dtype) / 8
+
+
+through_integers.defvjp(lambda w: (through_integers(w), None), lambda _, g: (g,))
+
+
+def test_a_rule_of_its_own_may_hand_a_gradient_anywhere():
+    def beside(params, x):
+        aux = loss_of(jnp.cos(x) @ params["w"])
+        return loss_of(with_loss_beside(jnp.tanh(x @ params["w"]), aux))
+
+    layout, factors = captured(beside, MAP, X)
+    assert layout.covered == 1
+    assert factors[""].rows == 8
+
+    def rounded(params, x):
+        y = linear_call(lambda _, v: jnp.round(v), lambda _, c: c, (), x @ params["w"])
+        return loss_of(x[:, :3] * y)
+
+    _, factors = captured(rounded, MAP, X)
+    assert factors[""].rows == 4
+
+
+def test_a_weight_that_is_quantized_by_a_rule_of_its_own_is_listed():
+    def loss_fn(params, x):
+        both = loss_of(x @ through_integers(params["w"])) + loss_of(x @ params["w"])
+        return both + loss_of(x @ params["v"])
+
+    assert listed(loss_fn, MAP | {"v": real(5, 3)}, X) == {"w": COMPUTED}
+
+
+def test_a_bias_that_is_also_a_weight_is_a_layer_of_its_own():
+    params = {"w": real(5, 5), "b": real(5)}
+
+    def loss_fn(params, x):
+        return loss_of(jnp.tanh(x @ params["w"] + params["b"])) + loss_of(x @ params["b"])
+
+    layout, factors = captured(loss_fn, params, X)
+    assert {layer.path: layer.bias for layer in layout.layers} == {"w": None, "b": None}
+    tx = af.scale_by_adafisher(layout, rule="centered")
+    params = jax.tree.map(jnp.asarray, params)
+    tx.update(params, tx.init(params), factors=factors)
 
 
 BIASES = {
@@ -690,15 +763,20 @@ def test_matrices_that_are_looked_up_are_no_embedding(case):
     assert listed(loss_fn, {"w": real(2, 5, 5)} | {"v": real(5, 2)}, X) == {"w": REARRANGED}
 
 
-def test_a_table_of_matrices_whose_rows_are_data_is_an_embedding():
-    table, ids = real(7, 3, 2), jnp.array([1, 2, 6, 2])
+OF_ROWS = {
+    "alone": lambda p, rows: jnp.sin(rows),
+    "inputs of a layer": lambda p, rows: rows.reshape(4, 6) @ p["w"],
+}
 
-    def loss_fn(params, ids):
-        return loss_of(jnp.sin(params["t"][ids]))
 
-    layout, factors = captured(loss_fn, {"t": table}, ids)
-    assert layout.layers[0].kind == "embedding"
-    np.testing.assert_allclose(factors[""].h.ravel(), np.bincount(ids, minlength=7) / 4)
+@pytest.mark.parametrize("case", OF_ROWS)
+def test_a_table_of_matrices_whose_rows_are_data_is_an_embedding(case):
+    params, ids = {"t": real(7, 3, 2), "w": real(6, 2)}, jnp.array([1, 2, 6, 2])
+    layout, factors = captured(lambda p, ids: loss_of(OF_ROWS[case](p, p["t"][ids])), params, ids)
+    kinds = {layer.weight.path: layer.kind for layer in layout.layers}
+    assert kinds["t"] == "embedding"
+    factor = factors["t"] if "w" in kinds else factors[""]
+    np.testing.assert_allclose(factor.h.ravel(), np.bincount(ids, minlength=7) / 4)
 
 
 @pytest.mark.parametrize("narrow", ["float8_e4m3fn", "int4", "bool"])

@@ -134,5 +134,6 @@ def _decay(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
 def _check_rate(name: str, value: Any) -> None:
     if not (callable(value) or is_number(value)):
         raise TypeError(f"{name}: got {value!r:.60}, wanted a number or a schedule, as 3e-2")
-    if is_known(value) and not callable(value) and not math.isfinite(value):  # no step would be
+    # Updates that are not finite are 0, so that nothing would ever move.
+    if is_known(value) and not callable(value) and not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, wanted a finite number or a schedule")

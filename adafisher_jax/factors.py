@@ -90,7 +90,7 @@ def to_unit(
       >>> low.tolist(), inverse.tolist()
       ([1.0], [0.25])
     """
-    bounds = [extremes((v,), inner)[0] for v in values if v.size]
+    bounds = [extremes(v, inner) for v in values if v.size]
     if not bounds:
         nothing = jnp.zeros_like(jnp.sum(values[0], inner, keepdims=True))
         return nothing, nothing
@@ -101,29 +101,26 @@ def to_unit(
     return low, jnp.where(varies, 1 / jnp.where(varies, spread, 1), 0)
 
 
-def extremes(
-    values: tuple[jax.Array, ...], axes: tuple[int, ...]
-) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """Returns the least and the greatest entry of each array, in one reduction.
+def extremes(values: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the greatest entry, in one reduction.
 
     An array with a NaN has NaN for both.
 
     Args:
-      values: floating-point arrays of one shape.
+      values: a floating-point array.
       axes: the axes to reduce; they stay with length 1.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [(low, high)] = extremes((jnp.array([[2.0, 5.0]]),), (1,))
+      >>> low, high = extremes(jnp.array([[2.0, 5.0]]), (1,))
       >>> low.tolist(), high.tolist()
       ([[2.0]], [[5.0]])
     """
-    pick = (jax.lax.min, jax.lax.max) * len(values)
-    found = jax.lax.reduce(
-        tuple(v for v in values for _ in range(2)),
-        tuple(jnp.asarray(limit, v.dtype) for v in values for limit in (jnp.inf, -jnp.inf)),
-        lambda old, new: tuple(f(a, b) for f, a, b in zip(pick, old, new, strict=True)),
+    limits = tuple(jnp.asarray(limit, values.dtype) for limit in (jnp.inf, -jnp.inf))
+    low, high = jax.lax.reduce(
+        (values, values),
+        limits,
+        lambda old, new: (jax.lax.min(old[0], new[0]), jax.lax.max(old[1], new[1])),
         axes,
     )
-    kept = [jnp.expand_dims(v, axes) for v in found]
-    return tuple(zip(kept[::2], kept[1::2], strict=True))
+    return jnp.expand_dims(low, axes), jnp.expand_dims(high, axes)

@@ -332,7 +332,7 @@ UNCOVERED = {
         "wrapped/bias": "the weight of its layer",
     },
     "SpectralNorm": {
-        "wrapped/kernel": "used by several layers",  # its power iteration multiplies by it, too
+        "wrapped/kernel": "transformed before its layer uses it",
         "wrapped/bias": "the weight of its layer",
     },
     "PReLU": {"prelu/negative_slope": "no layer of a known kind uses it"},

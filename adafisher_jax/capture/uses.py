@@ -21,10 +21,10 @@ from adafisher_jax.capture.found import (
 from adafisher_jax.capture.origins import COMPUTED, REARRANGED, Origin
 from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
+from adafisher_jax.capture.roles import named_axes, source_axes
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered
 from adafisher_jax.paths import Named
-from adafisher_jax.statistics import numbered
 
 _NO_GRADIENT = "no gradient of the loss reaches the output of its layer"
 
@@ -182,7 +182,7 @@ class _Reader:
         names, array = self.named[origin.source]
         problem = _problem(product.inside, origin)
         inner = linear.statistic.weight_axes
-        axes = None if problem else _source_axes(inner, origin, array.ndim, linear.apart)
+        axes = None if problem else source_axes(inner, origin, array.ndim, linear.apart)
         if axes is None:
             why = problem or "an axis of it is split between inputs, outputs and loops"
             outweighs = not product.derived and not origin.frozen
@@ -225,7 +225,7 @@ class _Reader:
             return None  # as an averaged teacher: no gradient reaches the parameter
         names, array = self.named[origin.source]
         problem = mark.use.problem or origin.lost or _problem(mark.inside, origin)
-        own = () if problem else _named_axes(axes, origin, array.ndim)
+        own = () if problem else named_axes(axes, origin, array.ndim)
         if own is None:
             problem = REARRANGED
         leaf = Leaf(self.paths[origin.source], jnp.shape(array), own or ())
@@ -361,42 +361,6 @@ def _carrier(origin: Origin, place: Place) -> Carrier:
     """Returns the carrier of the parameter with `origin` at a place."""
     assert isinstance(origin.source, int)
     return Carrier(origin.source, origin.sliced).within(len(place) - 1)
-
-
-def _named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
-    """Names the axes of a whole parameter, given the names in the array that a layer sees.
-
-    Returns:
-      The names, or None if one axis is part input and part output.
-    """
-    if all(len(axis) == 1 and axis[0].inner == 1 for axis in origin.axes):
-        names = {axis[0].axis: name for axis, name in zip(origin.axes, inner, strict=True)}
-        names |= origin.stacks
-        if len(names) == rank == len(origin.axes) + len(origin.sliced):
-            return tuple(names[axis] for axis in range(rank))
-    return _source_axes(inner, origin, rank)
-
-
-def _source_axes(inner: Axes, origin: Origin, rank: int, apart: int = 1) -> Axes | None:
-    """Names the axes of a whole parameter as `_named_axes`, also if axes were split or merged.
-
-    The names are numbered anew. The outermost `apart` entries of an output axis count as
-    independent maps (`"batch0"`).
-    """
-    roles: dict[int, set[str]] = {i: set() for i in range(rank)}
-    for axis, name in zip(origin.axes, inner, strict=True):
-        role, before = name.rstrip("0123456789"), 1
-        for piece in axis:
-            if piece.axis is not None:
-                roles[piece.axis].add("batch" if role == "out" and before < apart else role)
-            before *= piece.size
-    for i in origin.stacks:
-        roles[i] = (roles[i] - {"batch"}) | {"stack"}  # blocks, whoever takes them apart
-    if any(len(found) > 1 for found in roles.values()):
-        return None
-    # An axis of length one that a reshape removed may have any role; it counts as an output axis.
-    found = numbered([next(iter(roles[i]), "out") for i in range(rank)])
-    return tuple(origin.stacks.get(i, name) for i, name in enumerate(found))
 
 
 def _holder(path: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -60,6 +60,7 @@ def test_every_rival_learns(name):
     assert any(reach.final(curve) < 0.9 * curve[0] for curve in curves)
 
 
+@pytest.mark.slow
 def test_a_run_is_its_steps_in_a_loop_with_losses_of_the_fixed_examples():
     (one,) = search.trials("returns", "nadamw", Effort(trials=1, steps=10))
     problem = tasks.TASKS["returns"]
@@ -318,6 +319,7 @@ def test_what_works_on_matrices_gets_every_kernel_once():
     jax.tree.map(np.testing.assert_allclose, found, expected)
 
 
+@pytest.mark.slow
 def test_normuon_is_muon_but_for_the_normalization(monkeypatch):
     task, params = task_of(Network(), IMAGES)
     settings = SETTINGS | {"others": 0.3, "b2_neurons": 0.9}
@@ -337,6 +339,7 @@ def test_normuon_is_muon_but_for_the_normalization(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_ademamix_has_the_schedulers_of_its_paper(x64):
     """Equations of section 3: α grows linearly, and the half-life of β3 does from that of β1."""
     settings = SETTINGS | {"b3": 0.999, "alpha": 4.0, "decay": 0.0}

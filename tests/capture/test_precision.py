@@ -8,7 +8,8 @@ import pytest
 from jax.extend import core
 
 import adafisher_jax as af
-from tests.support.reference import captured, fast_jit, random_like, random_params, scalar
+from tests.support.compiling import fast_jit
+from tests.support.reference import captured, random_like, random_params, scalar
 
 LAYERS = {
     "dense": (nn.Dense(3), (4, 5)),

@@ -12,7 +12,7 @@ from jax.custom_derivatives import linear_call
 from jax.sharding import AxisType, PartitionSpec
 
 import adafisher_jax as af
-from tests.support.reference import fast_jit
+from tests.support.compiling import fast_jit
 
 pytestmark = pytest.mark.usefixtures("numpy_rules")
 

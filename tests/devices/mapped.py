@@ -21,7 +21,7 @@ from tests.devices.tasks import (
     make_task,
     on_one_device,
 )
-from tests.support.reference import fast_jit
+from tests.support.compiling import fast_jit
 
 N = 8
 pmean, psum = (functools.partial(f, axis_name="data") for f in (jax.lax.pmean, jax.lax.psum))

@@ -26,8 +26,8 @@ from tests.devices.tasks import (
     make_task,
     on_one_device,
 )
+from tests.support.compiling import fast_jit
 from tests.support.hand_made import layout_of, make_layer, random_factors, random_tree
-from tests.support.reference import fast_jit
 
 
 def whole(path, leaf):

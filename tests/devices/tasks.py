@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 import adafisher_jax as af
-from tests.support.reference import fast_jit, random_params
+from tests.support.compiling import fast_jit
+from tests.support.reference import random_params
 
 BATCH, STEPS = 16, 3
 RATES = {"paper": 1e-5, "official": 1e-5, "centered": 1e-2}  # the first two divide by 1e-3

@@ -13,15 +13,8 @@ from flax import nnx
 import adafisher_jax as af
 from adafisher_jax.diagnostics import Comparison, Deviation, compare_steps
 from tests.diagnostics.test_full_factors import Scanned, whole
-from tests.support.reference import (
-    F64,
-    Block,
-    Dense,
-    calls_of,
-    fast_jit,
-    random_params,
-    slices,
-)
+from tests.support.compiling import fast_jit
+from tests.support.reference import F64, Block, Dense, calls_of, random_params, slices
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -15,12 +15,12 @@ from adafisher_jax.diagnostics import FullFactor, full_factors, pool
 from tests.capture.test_layers import ALL, Conv, DenseGeneral, Einsum
 from tests.capture.test_layers_composed import Recurrent
 from tests.support import nnx_reference
+from tests.support.compiling import fast_jit
 from tests.support.reference import (
     F64,
     Block,
     Dense,
     calls_of,
-    fast_jit,
     in_turn,
     inputs_of,
     jacobian_of,

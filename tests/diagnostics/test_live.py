@@ -16,6 +16,7 @@ from tests.optimizer.test_optax_wrappers import HAND_ON, TX
 from tests.optimizer.test_wrappers import LAYOUT, PARAMS, A, B, data, inside
 from tests.rules.test_rules import blocks
 from tests.support import nnx_reference
+from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.hand_made import (
     LAYERS,
@@ -26,7 +27,7 @@ from tests.support.hand_made import (
     random_factors,
     random_tree,
 )
-from tests.support.reference import fast_jit, random_like, random_params
+from tests.support.reference import random_like, random_params
 
 RULES = ("paper", "official", "centered")
 LAMBDA, TAU, B1, RATE = 1e-3, 0.01, 0.9, 0.25

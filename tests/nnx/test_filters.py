@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 import adafisher_jax as af
+from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.nnx_reference import Block, loss_of, random_model
-from tests.support.reference import F64, assert_factors, fast_jit, inputs_of, scalar
+from tests.support.reference import F64, assert_factors, inputs_of, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
 

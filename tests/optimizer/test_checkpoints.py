@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
-from tests.support.hand_made import quick_jit
 
 STEPS, EVERY = 12, 3
 RNG = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def create(rule="centered", model=Net(), layout=None):  # noqa: B008
     return state.replace(step=jnp.zeros([], jnp.int32))
 
 
-@quick_jit
+@fast_jit
 def train_step(state, x):
     """Refreshes the curvature at every third step."""
     loss_fn = loss_of(Net())

@@ -15,8 +15,9 @@ import adafisher_jax as af
 from adafisher_jax import statistics
 from tests.capture.test_probes import PROGRAMS
 from tests.support import nnx_reference
+from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
-from tests.support.reference import Block, fast_jit, inputs_of, loss_of, random_params, scalar
+from tests.support.reference import Block, inputs_of, loss_of, random_params, scalar
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,14 +9,8 @@ from flax import nnx
 
 import adafisher_jax as af
 from tests.support import nnx_reference
-from tests.support.reference import (
-    Block,
-    fast_jit,
-    in_turn,
-    loss_of,
-    random_params,
-    slices,
-)
+from tests.support.compiling import fast_jit
+from tests.support.reference import Block, in_turn, loss_of, random_params, slices
 from tests.support.trees import close
 
 pytestmark = pytest.mark.usefixtures("x64")

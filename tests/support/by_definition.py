@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import adafisher_jax as af
+from tests.support.compiling import fast_jit
 from tests.support.losses import assert_factors
-from tests.support.reference import fast_jit
 
 
 def factors_by_definition(twin):

@@ -1,16 +1,11 @@
 """Layers made by hand, and random factors and gradients for them: no model, no capture."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import adafisher_jax as af
 from adafisher_jax.diagnostics.stored import of_layers
-
-# Compiling takes most of the time of tests this small: a program that runs twice needs no tuning.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_layer(path, kind, weight, axes, bias=None, groups=1):

@@ -17,12 +17,12 @@ from flax import nnx
 
 import adafisher_jax as af
 from adafisher_jax import Factor
+from tests.support.compiling import fast_jit
 from tests.support.reference import (
     F64,
     NORMS,
     Call,
     assert_factors,
-    fast_jit,
     linear_sums,
     norm_sums,
     random_like,

@@ -17,7 +17,7 @@ import numpy as np
 
 import adafisher_jax as af
 from adafisher_jax import Factor
-from tests.support.reference import fast_jit
+from tests.support.compiling import fast_jit
 
 
 class Held(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 
 import adafisher_jax as af
 from adafisher_jax import Factor
+from tests.support.compiling import fast_jit
 
 F64 = jnp.float64
 Dense = functools.partial(nn.Dense, param_dtype=F64)
@@ -25,17 +26,6 @@ Dense = functools.partial(nn.Dense, param_dtype=F64)
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 DENSE = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
 CONVS = (nn.Conv, nn.ConvLocal, nn.ConvTranspose)
-
-
-# Compiled in a hurry: these programs run once.
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    },
-)
 
 
 class Call(NamedTuple):

@@ -17,7 +17,7 @@ from adafisher_jax.alike import stack
 from adafisher_jax.layout import Layer
 from adafisher_jax.meshes import everywhere
 
-FEWEST, MOST = 16, 32  # directions of a matrix, unless half of its shorter side is less
+MOST = 32  # directions of a matrix, unless half of its shorter side is less
 STORED = jnp.bfloat16  # the stored directions only begin the next iteration
 LEAST = 1e-4  # no singular value's square is cut below this share of the mean of all squares
 SOLVED = 16  # rows of the largest triangular matrices that a CPU does not invert in halves
@@ -63,7 +63,7 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
     r"""The first directions: rows along the shorter side, `n`, of each matrix.
 
     The rows are cosines, :math:`u_{ij} \propto \cos(\pi (j + 1/2)(i + 1)/n)`. There are
-    :math:`n/8` of them (an even number), but 16 at least, 32 at most, and :math:`n/2` at most.
+    32 of them, but :math:`n/2` at most.
 
     Args:
       matrices: the number of matrices, and of their rows and columns.
@@ -83,7 +83,7 @@ def start(matrices: tuple[int, int, int]) -> jax.Array | None:
 
 def directions(n: int) -> int:
     """How many directions of a matrix with a shorter side of `n` are followed."""
-    return min(max(FEWEST, n // 16 * 2), MOST, n // 2)
+    return min(MOST, n // 2)
 
 
 def leading_excess(
@@ -274,9 +274,10 @@ def _inverse_of_halves(lower: jax.Array) -> jax.Array:
     k = lower.shape[1]
     if k <= SOLVED:
         return _inverse(lower)
-    half = k // 2
-    halves = jnp.concatenate([lower[:, :half, :half], lower[:, half:, half:]])
+    half = (k + 1) // 2
+    halves = jnp.concatenate([lower[:, :half, :half], lower[:, -half:, -half:]])
     first, last = jnp.split(_inverse_of_halves(halves), 2)
+    last = last[:, k % 2 :, k % 2 :]  # of an odd number, the halves share a row
     between = _product("bij,bjk->bik", last, -lower[:, half:, :half])
     between = _product("bij,bjk->bik", between, first)
     above = jnp.concatenate([first, jnp.zeros_like(between).mT], 2)

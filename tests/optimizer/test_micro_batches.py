@@ -10,8 +10,9 @@ import optax
 import pytest
 
 import adafisher_jax as af
+from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
-from tests.support.reference import Dense, assert_factors, fast_jit, random_like, random_params
+from tests.support.reference import Dense, assert_factors, random_like, random_params
 
 F64 = jnp.float64
 ROWS = 6

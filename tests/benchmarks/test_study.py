@@ -248,6 +248,7 @@ def test_a_whole_spectrum_is_made_flat():
     np.testing.assert_allclose(values, values[0], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_grafted_steps_are_as_long_as_those_of_nadamw():
     model = nn.Dense(6)
     (step, _), (other, _), (whole, _) = (
@@ -298,6 +299,7 @@ def test_a_control_decays_weights(decay):
     np.testing.assert_allclose(step["kernel"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_control_steps_without_nesterov_or_an_average_of_sizes():
     x, third = INPUTS[:, :3], {}
     for name in ("adafisher:centered", "centered-nesterov=False", "centered-b2=0.0"):

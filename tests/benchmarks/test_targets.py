@@ -308,6 +308,7 @@ def after(optimizer, params, count):
     return params, state
 
 
+@pytest.mark.slow
 def test_what_works_on_matrices_gets_every_kernel_once():
     """Adam does not care for their shapes."""
     task, params = task_of(Network(), IMAGES)
@@ -427,6 +428,7 @@ def test_masked_tokens_alone_are_classified():
     np.testing.assert_allclose(tasks.classify_masked(logits, labels), kept.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sets_and_bodies_have_no_order():
     key = jax.random.key(0)
     points = jax.random.normal(key, (2, 5, 3))

@@ -52,6 +52,7 @@ def test_on_eight_devices(name, marked):
     assert " passed" in printed
 
 
+@pytest.mark.slow
 def test_on_two_processes_of_four_devices():
     with socket.socket() as free:
         free.bind(("localhost", 0))

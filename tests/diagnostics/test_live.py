@@ -127,6 +127,7 @@ def test_the_share_above_damping_of_centered_is_its_formula(name):
         close(found[name].above_damping, share, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_shares_above_damping_are_not_all_alike():
     for rule in RULES:
         shares = {float(f[name].above_damping) for *_, f in trajectory(rule)[1] for name in f}

@@ -68,7 +68,11 @@ def numbers(tree):
 
 
 @pytest.mark.parametrize(
-    ("jitted", "weights"), [(False, None), (True, [0.4, 0.1, 0.2, 0.3])], ids=["eager", "nnx.jit"]
+    ("jitted", "weights"),
+    [
+        pytest.param(False, None, marks=pytest.mark.slow, id="eager"),
+        pytest.param(True, [0.4, 0.1, 0.2, 0.3], id="nnx.jit"),
+    ],
 )
 def test_all_that_the_loss_changes_is_as_a_loop_leaves_it(jitted, weights):
     model, rngs, metric, teacher = modules()

@@ -118,6 +118,7 @@ def test_groups_take_their_steps_one_after_another(monkeypatch):
     assert temp(8) < temp(4) + 0.5 * 4 * 512 * 512
 
 
+@pytest.mark.slow
 def test_a_cpu_steps_a_group_a_few_layers_at_a_time(monkeypatch):
     """Its memory is then that of these few layers, and the steps are the same."""
     model = nn.Sequential([nn.Dense(256) for _ in range(8)])
@@ -252,7 +253,9 @@ def test_groups_of_the_same_layers_are_traced_once(monkeypatch):
     assert lowered.as_text().count("func.func private @step_group") == 1
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(x, marks=() if x == "centered" else pytest.mark.slow) for x in RULES]
+)
 def test_a_further_like_layer_adds_to_the_program_what_its_weight_needs(rule):
     """All of a vector's size, and what directions need among themselves, is one for all layers."""
 

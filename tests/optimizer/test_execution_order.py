@@ -40,6 +40,7 @@ def step():
     return tx, grads, factors
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_mapped_does_not_map_the_others():
     tx, grads, factors = step()
     state = tx.init(grads)

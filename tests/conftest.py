@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling takes most of the tests' time, and a CPU's older emitter of fusions is ready sooner.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
 @pytest.fixture(autouse=True)

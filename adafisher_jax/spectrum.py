@@ -19,7 +19,7 @@ from adafisher_jax.meshes import everywhere
 
 MOST = 32  # directions of a matrix, unless half of its shorter side is less
 STORED = jnp.bfloat16  # the stored directions only begin the next iteration
-LEAST = 1e-4  # no singular value's square is cut below this share of the mean of all squares
+LEAST = 1e-2  # no singular value's square is cut below this share of the mean of all squares
 SOLVED = 16  # rows of the largest triangular matrices that a CPU does not invert in halves
 INERTIA = 1e-4  # keeps directions without any step from following rounding errors
 
@@ -102,12 +102,13 @@ def leading_excess(
 
         U &= \mathrm{orth}(D V_{t-1}), \qquad
         v_i = D^T u_i, \qquad \sigma_i = |v_i|, \qquad V_t = (v_1, ..., v_k) \\
-        c^2 &= \max\Big(\frac{|D|^2 - \sum_i \sigma_i^2}{n - k},\; 10^{-4} \frac{|D|^2}{n}\Big),
+        c^2 &= \max\Big(\frac{|D|^2 - \sum_i \sigma_i^2}{n - k},\; 10^{-2} \frac{|D|^2}{n}\Big),
         \qquad E = \sum_i \big(1 - \min(1, c / \sigma_i)\big)\, u_i v_i^T
 
     Once `V` has converged, `D - E` is `D` with its `k` leading singular values cut down to the root
-    mean square of the others. The bound of 1e-4 matters to a matrix of low rank, whose other
-    singular values are rounding errors. `V` is stored relative to its largest column, with 1e-4 of
+    mean square of the others. The bound of 1e-2 matters to a matrix of low rank, whose other
+    singular values are noise and rounding errors: without it a step would be mostly these, and
+    equal runs would part. `V` is stored relative to its largest column, with 1e-4 of
     the previous `V` added, which decides where `D` has nothing.
 
     Args:

@@ -43,6 +43,12 @@ def cut(task, rate, weight_decay, directions):
     return Optimizer(*map(patched, set_to(task, rate, weight_decay)))
 
 
+def bounded(task, rate, weight_decay, bound):
+    """No singular value is cut below this share of their root mean square, squared."""
+    patched = mock.patch.object(spectrum, "LEAST", bound)
+    return Optimizer(*map(patched, set_to(task, rate, weight_decay)))
+
+
 def cut_whole(task, rate, weight_decay):
     patched = mock.patch.object(spectrum, "leading_excess", _all_excess)
     return Optimizer(*map(patched, changed(task, rate, weight_decay)))
@@ -158,6 +164,7 @@ SETTINGS = {
     "nesterov": (changed, (False,)),
     "b2": (changed, (0.0, 0.999)),
     "directions": (cut, (4, 8, 16, 32, 64)),
+    "bound": (bounded, (1e-4, 1e-1)),
     "exponent": (raised, (0.25, 1.0)),
     "without": (outside, ("embedding", "norm", "head")),
     "warm_up": (scheduled, (0.0, 0.2)),

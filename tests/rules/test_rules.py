@@ -172,7 +172,7 @@ class Reading:
         values = np.linalg.norm(v, axis=0)
         self.basis[block] = stored(v / values.max() + 1e-4 * before)
         total = np.sum(d**2)
-        cap = np.sqrt(max((total - np.sum(values**2)) / (n - k), 1e-4 * total / n))
+        cap = np.sqrt(max((total - np.sum(values**2)) / (n - k), 1e-2 * total / n))
         return d - u @ np.diag(1 - np.minimum(1, cap / values)) @ v.T
 
     def over_rms(self, name, d, of):

@@ -40,14 +40,18 @@ def follow(step, times):
 
 
 @SHAPES
-def test_a_step_repeated_has_its_leading_singular_values_cut_to_the_others(shape, x64):
+@pytest.mark.parametrize(("leading", "rounding"), [((8, 4), 1e-1), ((100, 10), 2e-3)])
+def test_a_step_repeated_has_its_leading_singular_values_cut(shape, leading, rounding, x64):
+    """To the others, or to a tenth of all. Near others, the rounding of directions shows."""
     n = min(shape[1:])
     k, others = n // 2, np.array([1, 0.8, 0.6, 0.5])
-    flat, _, squares = follow(matrices(shape, [*np.geomspace(100, 10, k), *others]), 12)
-    cap = np.sqrt(np.sum(others**2) / (n - k))
+    values = np.array([*np.geomspace(*leading, k), *others])
+    flat, _, squares = follow(matrices(shape, values), 12)
+    cap = np.sqrt(max(np.sum(others**2) / (n - k), 0.01 * np.sum(values**2) / n))
     expected = np.sort([*[cap] * k, *others, *[0] * (n - k - 4)])[::-1]
     for one, square in zip(flat, squares, strict=True):
-        np.testing.assert_allclose(np.linalg.svd(one, compute_uv=False), expected, atol=2e-3)
+        found = np.linalg.svd(one, compute_uv=False)
+        np.testing.assert_allclose(found, expected, atol=rounding * cap)
         np.testing.assert_allclose(square, np.sum(one**2), rtol=1e-10)
 
 
@@ -88,12 +92,12 @@ def test_32_directions_are_followed_but_half_of_the_shorter_side_at_most():
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e25])
 def test_steps_are_finite_whatever_their_size(size):
     """Down to where squares vanish, and up to where they are infinite: then nothing is cut."""
-    step = jnp.float32(size) * matrices((1, 12, 20), [100.0, 1, 1, 1, 1, 1]).astype(jnp.float32)
+    step = jnp.float32(size) * matrices((1, 12, 20), [10.0, 1, 1, 1, 1, 1]).astype(jnp.float32)
     flat, basis, _ = follow(step, 3)
     assert jnp.all(jnp.isfinite(flat))
     assert np.linalg.matrix_rank(basis[0].astype(float)) == 6
     if size == 1.0:
-        assert np.linalg.norm(flat[0], 2) < 2
+        assert np.linalg.norm(flat[0], 2) < 1.1
     else:
         np.testing.assert_allclose(flat, step, rtol=1e-6)
 
@@ -119,7 +123,7 @@ def test_of_a_matrix_of_low_rank_no_rounding_is_left_as_a_step(rank):
     step = matrices((1, 40, 50), [1.0] * rank).astype(jnp.float32)
     flat, _, squares = follow(step, 3)
     left, *others = np.split(np.linalg.svd(flat[0], compute_uv=False), [rank])
-    np.testing.assert_allclose(left, 1e-2 * np.sqrt(rank / 40), rtol=1e-2)
+    np.testing.assert_allclose(left, 0.1 * np.sqrt(rank / 40), rtol=1e-2)
     assert np.max(others) < 1e-3 * left[0]
     assert 0.999 < squares[0] / np.sum(left**2) < 2
 
@@ -140,7 +144,7 @@ def test_single_precision_is_enough_for_steep_spectra(shape, ratio):
         assert expected * 0.995 - rounding < squares[0] < expected * most + rounding
     k = spectrum.directions(n)
     rest = np.sqrt(np.sum(values[k:] ** 2) / (n - k))
-    floor = np.sqrt(1e-4 * np.sum(values**2) / n)
+    floor = np.sqrt(1e-2 * np.sum(values**2) / n)
     if ratio > 1.5:  # the closer they are to each other, the longer it takes
         largest = np.linalg.svd(flat[0], compute_uv=False)[0]
         np.testing.assert_allclose(largest, max(rest, floor, values[k]), rtol=5e-2)

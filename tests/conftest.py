@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.support.compiling import FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling takes most of the tests' time, and a CPU's older emitter of fusions is ready sooner.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import pytest
 
 import adafisher_jax as af
 from tests.support.by_definition import check_twin
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.plain_programs import check
 
@@ -225,9 +224,9 @@ def test_state_of_a_batch_norm_is_another_argument():
     xs = jnp.asarray(RNG.normal(size=(6, 3)))
     layout = af.trace_layout(loss_fn, params, state, xs, has_aux=True)
     assert [layer.path for layer in layout.layers] == ["layers/0", "layers/2"]
-    grad_fn = fast_jit(af.value_and_grad(loss_fn, layout, has_aux=True))
+    grad_fn = jax.jit(af.value_and_grad(loss_fn, layout, has_aux=True))
     (_, changed), grads, _ = grad_fn(params, state, xs)
-    (_, wanted), wanted_grads = fast_jit(jax.value_and_grad(loss_fn, has_aux=True))(
+    (_, wanted), wanted_grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
         params, state, xs
     )
     for found, want in ((changed, wanted), (grads, wanted_grads)):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.losses import CASES, MODEL, ONE, TWO, P, Q, X, apply, freeze, size
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
@@ -51,12 +50,12 @@ def test_a_derivative_of_the_model_inside_the_loss(how):
         return hidden @ P[TWO]["kernel"] + P[TWO]["bias"][None] + zeros[TWO]
 
     layout = af.trace_layout(loss, P, X)
-    value, grads, factors = fast_jit(af.value_and_grad(loss, layout))(P, X)
-    expected = fast_jit(jax.value_and_grad(loss))(P, X)
+    value, grads, factors = jax.jit(af.value_and_grad(loss, layout))(P, X)
+    expected = jax.jit(jax.value_and_grad(loss))(P, X)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), (value, grads), expected
     )
-    cotangents = fast_jit(jax.grad(functools.partial(loss_of, written_out, X)))((zeros, zeros))
+    cotangents = jax.jit(jax.grad(functools.partial(loss_of, written_out, X)))((zeros, zeros))
     inputs = {ONE: X, TWO: np.tanh(X @ P[ONE]["kernel"] + P[ONE]["bias"])}
     for path, x in inputs.items():
         found = factors[path]
@@ -171,8 +170,8 @@ def test_an_odd_loss_is_exact_and_its_layers_are_covered_or_listed(how):
     layout = af.trace_layout(loss, params, X)
     assert {layer.path for layer in layout.layers} == covered.keys()
     assert all(row.reason for row in layout.uncovered)
-    value, grads, factors = fast_jit(af.value_and_grad(loss, layout))(params, X)
-    jax.tree.map(close, (value, grads), fast_jit(jax.value_and_grad(loss))(params, X))
+    value, grads, factors = jax.jit(af.value_and_grad(loss, layout))(params, X)
+    jax.tree.map(close, (value, grads), jax.jit(jax.value_and_grad(loss))(params, X))
     for path, x in covered.items():
         close(factors[path].h[:, 0], np.mean(x**2, 0))
         close(factors[path].mean[:, 0], np.mean(x, 0))
@@ -184,17 +183,17 @@ def test_the_gradient_function_may_be_mapped_and_differentiated():
     loss = CASES["params"].loss
     grad_fn = af.value_and_grad(loss, af.trace_layout(loss, P, X))
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), P, Q)
-    mapped = fast_jit(jax.vmap(grad_fn, in_axes=(0, None)))(both, X)
+    mapped = jax.jit(jax.vmap(grad_fn, in_axes=(0, None)))(both, X)
     for i, params in enumerate((P, Q)):
         one = jax.tree.map(lambda a, i=i: a[i], mapped)
-        jax.tree.map(close, one, fast_jit(grad_fn)(params, X))
+        jax.tree.map(close, one, jax.jit(grad_fn)(params, X))
 
     def outer(params, grad_fn):
         value, grads, *_ = grad_fn(params, X)
         return value + sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
 
     plain, found = (
-        fast_jit(jax.grad(functools.partial(outer, grad_fn=f)))(P)
+        jax.jit(jax.grad(functools.partial(outer, grad_fn=f)))(P)
         for f in (jax.value_and_grad(loss), grad_fn)
     )
     jax.tree.map(close, found, plain)

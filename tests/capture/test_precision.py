@@ -8,7 +8,6 @@ import pytest
 from jax.extend import core
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.reference import captured, random_like, random_params, scalar
 
 LAYERS = {
@@ -47,7 +46,7 @@ def test_bfloat16_activations_have_float32_statistics(layer, shape, by):
 
         layout = af.trace_layout(loss_fn, params, x)
         assert layout.covered == 1, str(layout)
-        _, grads, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, x)
+        _, grads, factors = jax.jit(af.value_and_grad(loss_fn, layout))(params, x)
         types = {leaf.dtype for leaf in jax.tree.leaves((grads, factors))}
         assert types == {jnp.dtype(jnp.float32)}
         return factors
@@ -72,7 +71,7 @@ def test_bfloat16_rows_are_summed_in_float32():
         return jnp.sum((layer.apply({"params": params}, x) * w).astype(jnp.float32))
 
     layout = af.trace_layout(loss_fn, params, x)
-    _, _, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, x)
+    _, _, factors = jax.jit(af.value_and_grad(loss_fn, layout))(params, x)
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     np.testing.assert_allclose(factors[""].h[:, 0], jnp.mean(x**2, 0), 1e-5)
     np.testing.assert_allclose(factors[""].mean[:, 0], jnp.mean(x, 0), 1e-4)
@@ -85,7 +84,7 @@ def test_bfloat16_parameters_have_float32_statistics():
     params = random_params(model, x)
     loss_fn = lambda params, x: scalar(model.apply({"params": params}, x)).astype(jnp.float32)  # noqa: E731
     layout = af.trace_layout(loss_fn, params, x)
-    _, grads, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, x)
+    _, grads, factors = jax.jit(af.value_and_grad(loss_fn, layout))(params, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in factors[""]} == {jnp.dtype(jnp.float32)}
 

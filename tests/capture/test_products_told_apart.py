@@ -12,7 +12,7 @@ from jax.custom_derivatives import linear_call
 from jax.sharding import AxisType, PartitionSpec
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
+from tests.support.every_rule import every_rule
 
 pytestmark = pytest.mark.usefixtures("numpy_rules")
 
@@ -51,7 +51,7 @@ def captured(loss_fn, params, *args):
     def both(*args):
         return af.value_and_grad(loss_fn, layout)(*args), jax.grad(loss_fn)(*args)
 
-    (_, grads, factors), wanted = fast_jit(both)(params, *args)
+    (_, grads, factors), wanted = jax.jit(both)(params, *args)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), grads, wanted
     )
@@ -586,7 +586,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("rule", ["paper", "official", "centered"])
+@every_rule
 @pytest.mark.parametrize("name", EDGES)
 def test_every_rule_steps_every_form(name, rule):
     uses, forward = EDGES[name]
@@ -655,7 +655,7 @@ def test_whole_factors_have_the_diagonals(name):
         return loss_of(WHOLE[name](params, x))
 
     layout, factors = captured(loss_fn, params, X)
-    found = fast_jit(af.diagnostics.full_factors(loss_fn, layout))(params, X)[""]
+    found = jax.jit(af.diagnostics.full_factors(loss_fn, layout))(params, X)[""]
     np.testing.assert_allclose(jnp.diagonal(found.h), factors[""].h.reshape(-1), rtol=1e-10)
     np.testing.assert_allclose(jnp.diagonal(found.s), factors[""].s.reshape(-1), rtol=1e-10)
 

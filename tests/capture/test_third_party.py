@@ -16,7 +16,6 @@ from flax import nnx
 
 import adafisher_jax as af
 from benchmarks.third_party import MODELS, uncovered
-from tests.support.compiling import fast_jit
 from tests.support.losses import assert_factors, dense_factors
 
 pytestmark = [
@@ -172,7 +171,7 @@ def test_every_rule_takes_a_step(name, rule):
     if MODELS[name].is_nnx:
         params = nnx.state(params, MODELS[name].wrt)
     tx = af.adafisher(1e-3, layout, rule=rule)
-    updates, _ = fast_jit(lambda g, p, f: tx.update(g, tx.init(p), p, factors=f))(
+    updates, _ = jax.jit(lambda g, p, f: tx.update(g, tx.init(p), p, factors=f))(
         grads, params, factors
     )
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))

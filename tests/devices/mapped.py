@@ -21,7 +21,6 @@ from tests.devices.tasks import (
     make_task,
     on_one_device,
 )
-from tests.support.compiling import fast_jit
 
 N = 8
 pmean, psum = (functools.partial(f, axis_name="data") for f in (jax.lax.pmean, jax.lax.psum))
@@ -55,7 +54,7 @@ local = make_loss(ConvNet(axis_name="data"))
 @functools.cache
 def on_the_whole_batch():
     task = TASK()
-    return fast_jit(af.value_and_grad(task.loss_fn, task.layout))(task.params, task.batches[0])
+    return jax.jit(af.value_and_grad(task.loss_fn, task.layout))(task.params, task.batches[0])
 
 
 def assert_equal(found, expected):
@@ -84,7 +83,7 @@ def test_a_mean_inside_the_loss_gives_what_one_device_does(x64):
     def mapped(params, x):
         return af.value_and_grad(lambda p, x: pmean(local(p, x)), task.layout)(params, x)
 
-    assert_equal(fast_jit(mapped)(task.params, task.batches[0]), on_the_whole_batch())
+    assert_equal(jax.jit(mapped)(task.params, task.batches[0]), on_the_whole_batch())
 
 
 def test_devices_may_differ_in_whether_they_have_factors(x64):
@@ -104,7 +103,7 @@ def test_devices_may_differ_in_whether_they_have_factors(x64):
             out_specs=P("data"),
             check_vma=check_vma,
         )
-        return fast_jit(mapped)(due, task.params, task.batches[0])
+        return jax.jit(mapped)(due, task.params, task.batches[0])
 
     checked, unchecked = found(True), found(False)  # whose cotangents are N times as large
     for factor in checked.values():
@@ -120,7 +119,7 @@ def averaged(grad_fn):
 
 
 def by_shard_map(f, params, x):
-    return fast_jit(shard_map(check_vma=False)(f))(params, x)
+    return jax.jit(shard_map(check_vma=False)(f))(params, x)
 
 
 def by_pmap(f, params, x):
@@ -168,7 +167,7 @@ def test_training_equals_one_device(rule, remedy, x64):
     tx = af.adafisherw(RATES[rule], task.layout, rule=rule)
     inside = pmean if remedy else lambda loss: loss
 
-    @fast_jit
+    @jax.jit
     @shard_map()
     def train_step(params, state, x):
         grad_fn = af.value_and_grad(lambda p, x: inside(task.loss_fn(p, x)), task.layout)

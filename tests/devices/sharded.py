@@ -26,7 +26,6 @@ from tests.devices.tasks import (
     make_task,
     on_one_device,
 )
-from tests.support.compiling import fast_jit
 from tests.support.hand_made import layout_of, make_layer, random_factors, random_tree
 
 
@@ -226,7 +225,7 @@ def test_parameters_on_an_explicit_axis_step_as_on_one_device(spec, x64):
     loss_fn = lambda params, x: jnp.mean(model.apply(params, x) ** 2)  # noqa: E731
     layout = af.trace_layout(loss_fn, params, x)
     tx = af.adafisher(3e-2, layout, rule="centered")
-    _, grads, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, x)
+    _, grads, factors = jax.jit(af.value_and_grad(loss_fn, layout))(params, x)
 
     def steps(params, grads):
         state = tx.init(params)
@@ -247,11 +246,11 @@ def test_a_model_for_automatic_axes_gets_its_factors_on_explicit_ones(plan, x64)
     """Within `auto_axes` the compiler chooses."""
     task, mesh = make_task("convnet"), make_mesh(PLANS[plan], AxisType.Explicit)
     grad_fn = af.value_and_grad(task.loss_fn, task.layout)
-    expected = fast_jit(grad_fn)(task.params, task.batches[0])
+    expected = jax.jit(grad_fn)(task.params, task.batches[0])
     with jax.set_mesh(mesh):
         params = place(PLANS[plan], mesh, task.params)
         automatic = auto_axes(grad_fn, out_sharding=P())
-        found = fast_jit(automatic)(params, on(mesh, task.batches[0]))
+        found = jax.jit(automatic)(params, on(mesh, task.batches[0]))
     assert_close(found, expected, 1e-9)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.reference import random_params
 
 BATCH, STEPS = 16, 3
@@ -92,7 +91,7 @@ def make_task(name, dtype="float64", model=None):
     return Task(make_loss(model or default), params, list(batches))
 
 
-def make_step(task, rule, jit=fast_jit, **options):
+def make_step(task, rule, **options):
     """A transformation, and its jitted train step; without `refresh` it reuses the factors."""
     tx = af.adafisherw(RATES[rule], task.layout, rule=rule)
     with_factors = af.value_and_grad(task.loss_fn, task.layout)
@@ -103,7 +102,7 @@ def make_step(task, rule, jit=fast_jit, **options):
         updates, state = tx.update(grads, state, params, factors=rest[0] if rest else None)
         return optax.apply_updates(params, updates), state, loss
 
-    return tx, jit(train_step, static_argnames="refresh", **options)
+    return tx, jax.jit(train_step, static_argnames="refresh", **options)
 
 
 class Run(NamedTuple):

@@ -9,12 +9,14 @@ import sys
 
 import pytest
 
+from tests.support.compiling import FLAGS
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def start(*command, devices=8):
     """A Python process with virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,

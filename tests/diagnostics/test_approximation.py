@@ -13,7 +13,6 @@ from flax import nnx
 import adafisher_jax as af
 from adafisher_jax.diagnostics import Comparison, Deviation, compare_steps
 from tests.diagnostics.test_full_factors import Scanned, whole
-from tests.support.compiling import fast_jit
 from tests.support.reference import F64, Block, Dense, calls_of, random_params, slices
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -107,8 +106,8 @@ def everything():
     inputs["sequence"] = jnp.asarray(rng.integers(5, size=MODELS["sequence"][1]))
     params = {name: random_params(model, inputs[name]) for name, (model, _) in MODELS.items()}
     layout = af.trace_layout(loss_fn, params, inputs)
-    found = fast_jit(compare_steps(loss_fn, layout, damping=DAMPING))(params, inputs)
-    gradient = fast_jit(jax.grad(loss_fn))
+    found = jax.jit(compare_steps(loss_fn, layout, damping=DAMPING))(params, inputs)
+    gradient = jax.jit(jax.grad(loss_fn))
     each = [gradient(params, {name: x[i : i + 1] for name, x in inputs.items()}) for i in range(B)]
     return params, inputs, found, jax.tree.map(lambda *leaves: np.stack(leaves), *each)
 
@@ -166,7 +165,7 @@ def test_an_nnx_module_is_compared_like_its_linen_twin():
     nnx.update(model, params["dense"])
     layout = af.nnx.trace_layout(part, model, inputs["dense"])
     compare = compare_steps(part, layout, ["up"], damping=DAMPING)
-    assert_compared(fast_jit(compare)(model, inputs["dense"])["up"], found["dense/up"])
+    assert_compared(jax.jit(compare)(model, inputs["dense"])["up"], found["dense/up"])
 
 
 # Where the curvature is known.
@@ -183,7 +182,7 @@ def linear_comparison(x, t, bias=True):
     x, t = (jnp.asarray(value) for value in (x, t))
     params = random_params(Dense(t.shape[-1], use_bias=bias), x)
     layout = af.trace_layout(linear, params, x, t)
-    return fast_jit(compare_steps(linear, layout))(params, x, t)[""]
+    return jax.jit(compare_steps(linear, layout))(params, x, t)[""]
 
 
 def pairs(*values):
@@ -230,7 +229,7 @@ def test_small_angles_are_seen_in_float32():
             return jnp.mean(jnp.sum(nn.Dense(2).apply({"params": params}, x) * t, 1))
 
         layout = af.trace_layout(loss_fn, params, x, t)
-        found = fast_jit(compare_steps(loss_fn, layout))(params, x, t)[""]
+        found = jax.jit(compare_steps(loss_fn, layout))(params, x, t)[""]
     assert found.kronecker.angle < 1e-3
 
 

@@ -15,7 +15,6 @@ from adafisher_jax.diagnostics import FullFactor, full_factors, pool
 from tests.capture.test_layers import ALL, Conv, DenseGeneral, Einsum
 from tests.capture.test_layers_composed import Recurrent
 from tests.support import nnx_reference
-from tests.support.compiling import fast_jit
 from tests.support.reference import (
     F64,
     Block,
@@ -97,7 +96,7 @@ def captured(loss_fn, *args):
     paths = [layer.path for layer in layout.layers if layer.kind != "norm"]
     wholes = full_factors(loss_fn, layout, paths)
     both = wholes, lambda *xs: af.value_and_grad(loss_fn, layout)(*xs)[2]
-    full, factors = fast_jit(lambda *xs: [f(*xs) for f in both])(*args)
+    full, factors = jax.jit(lambda *xs: [f(*xs) for f in both])(*args)
     return layout, full, factors
 
 
@@ -322,7 +321,7 @@ def test_an_nnx_module_is_read_and_left_as_it_was():
     model, x = nnx_reference.random_model(Net), inputs_of((2, 5, 2))
     layout = af.nnx.trace_layout(nnx_reference.loss_of, model, x)
     before = jax.tree.map(nnx_reference._numbers, nnx.to_pure_dict(nnx.state(model)))
-    found = fast_jit(full_factors(nnx_reference.loss_of, layout))(model, x)
+    found = jax.jit(full_factors(nnx_reference.loss_of, layout))(model, x)
     calls = {c.path: c for c in nnx_reference.calls_of(nnx_reference.loss_of, model, x)}
     after = jax.tree.map(nnx_reference._numbers, nnx.to_pure_dict(nnx.state(model)))
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -370,7 +369,7 @@ def test_pooled_batches_are_one_batch():
     def in_parts(params, x):
         return pool(factors_fn(params, part) for part in (x[:, :3], x[:, 3:4], x[:, 4:]))
 
-    found, expected = fast_jit(lambda *xs: (in_parts(*xs), factors_fn(*xs)))(params, x)
+    found, expected = jax.jit(lambda *xs: (in_parts(*xs), factors_fn(*xs)))(params, x)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
     jax.tree.map(close, found, expected)
     for name, blocks in (("first", (3, 2)), ("second", (2, 3))):
@@ -387,7 +386,7 @@ def test_a_layer_that_takes_no_part_has_zeros_and_weighs_nothing():
     x = inputs_of((4, 3))
     params = {name: random_params(Dense(2), x) for name in "ab"}
     factors_fn = full_factors(two_models, af.trace_layout(two_models, params, x))
-    without, full = fast_jit(lambda *xs: (factors_fn(*xs, both=False), factors_fn(*xs)))(params, x)
+    without, full = jax.jit(lambda *xs: (factors_fn(*xs, both=False), factors_fn(*xs)))(params, x)
     assert without["a"].rows == 4
     assert not any(np.any(leaf) for leaf in without["b"])
     assert [leaf.shape for leaf in without["b"]] == [(4, 4), (2, 2), ()]
@@ -406,7 +405,7 @@ def test_products_are_accumulated_in_float32_whatever_the_loss_computes_in():
             return jnp.mean(half**2)
 
         layout = af.trace_layout(loss_fn, params, x)
-        found = fast_jit(full_factors(loss_fn, layout))(params, x)[""]
+        found = jax.jit(full_factors(loss_fn, layout))(params, x)[""]
     assert {leaf.dtype for leaf in found} == {np.dtype("float32")}
     half = np.concatenate([np.float64(x.astype(jnp.bfloat16)), np.ones((4096, 1))], 1)
     np.testing.assert_allclose(found.h, half.T @ half / 4096, 1e-5, 1e-6)
@@ -420,7 +419,7 @@ def test_chosen_layers_are_those_asked_for():
     params = {name: random_params(Dense(2), x) for name in "ab"}
     layout = af.trace_layout(two_models, params, x)
     fns = full_factors(two_models, layout), full_factors(two_models, layout, ["b"])
-    every, chosen = fast_jit(lambda *xs: [f(*xs) for f in fns])(params, x)
+    every, chosen = jax.jit(lambda *xs: [f(*xs) for f in fns])(params, x)
     jax.tree.map(np.testing.assert_array_equal, chosen, {"b": every["b"]})
     for paths in (("b", "b"), iter(["b"]), []):
         found = jax.eval_shape(full_factors(two_models, layout, paths), params, x)

@@ -16,7 +16,6 @@ from tests.optimizer.test_optax_wrappers import HAND_ON, TX
 from tests.optimizer.test_wrappers import LAYOUT, PARAMS, A, B, data, inside
 from tests.rules.test_rules import blocks
 from tests.support import nnx_reference
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.hand_made import (
     LAYERS,
@@ -61,8 +60,8 @@ def trajectory(rule):
     with jax.enable_x64(True):
         params = random_tree(rng, *ALL.values())
         tx = af.adafisher(RATE, EVERY, rule=rule)
-        state, update = fast_jit(tx.init)(params), fast_jit(tx.update)
-        look = fast_jit(
+        state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+        look = jax.jit(
             lambda state, updates: report(
                 state, EVERY, rule=rule, learning_rate=RATE, params=params, updates=updates
             )
@@ -354,7 +353,7 @@ def test_a_report_in_a_compiled_step_is_traced_once_and_stays_on_the_device():
     layout = af.trace_layout(loss_fn, params, tokens)
     tx, traces = af.adafisher(RATE, layout, rule="paper"), []
 
-    @fast_jit
+    @jax.jit
     def step(params, state, tokens):
         traces.append(tokens)
         _, grads, factors = af.value_and_grad(loss_fn, layout)(params, tokens)

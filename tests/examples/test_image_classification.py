@@ -28,7 +28,6 @@ from examples.image_classification.models.cct import CCT
 from examples.image_classification.models.mobilenet import MobileNetV3
 from examples.image_classification.models.resnet import ResNet
 from examples.image_classification.models.swin import Swin
-from tests.support import compiling
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_a_step_of_each_architecture(name, loader):
     grad_fn = jax.jit(af.value_and_grad(of_task.loss, of_task.layout, has_aux=True))
     key = jax.random.key(1, impl="unsafe_rbg")  # compiles sooner than the default
     arguments = params, model_state, next(of_task.train_batches(0)), key
-    found = grad_fn.lower(*arguments).compile(compiling.OPTIONS)(*arguments)
+    found = grad_fn(*arguments)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
     (loss, (after, metrics)), grads, factors = found
     assert loss > metrics["cross_entropy"] > 0
@@ -156,7 +155,7 @@ def test_the_penalty_is_weight_decay_within_the_gradient(loader):
         grad_fn = jax.jit(af.value_and_grad(of_task.loss, of_task.layout, has_aux=True))
         batch, key = next(of_task.train_batches(0)), jax.random.key(1)
         arguments = params, model_state, batch, key
-        _, *found[l2] = grad_fn.lower(*arguments).compile(compiling.OPTIONS)(*arguments)
+        _, *found[l2] = grad_fn(*arguments)
     (plain, factors), (decayed, same_factors) = found.values()
     wanted = jax.tree.map(lambda g, p: g + 0.3 * p, plain, params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)

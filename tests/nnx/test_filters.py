@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.nnx_reference import Block, loss_of, random_model
 from tests.support.reference import F64, assert_factors, inputs_of, scalar
@@ -82,7 +81,7 @@ def checked_gradients(model, x, layout, wrt):
         of_part, of_whole = (af.nnx.value_and_grad(loss_of, part) for part in (layout, whole))
         return run(of_part), run(by_flax), run(of_whole)
 
-    ours, expected, (*_, all_factors) = fast_jit(all_three)(state)
+    ours, expected, (*_, all_factors) = jax.jit(all_three)(state)
     assert jax.tree.structure(ours[:2]) == jax.tree.structure(expected)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
     jax.tree.map(close, ours[:2], expected)

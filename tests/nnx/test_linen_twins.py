@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.nnx_reference import attention_in_double, random_model
 from tests.support.reference import F64, assert_factors, inputs_of, scalar
@@ -125,10 +124,10 @@ def test_the_same_layout_and_factors(network):
     assert af.nnx.trace_layout(nnx_loss, model, x) == layout
     assert layout.covered == 1
 
-    expected = fast_jit(af.value_and_grad(linen_loss, layout))(params, x)
+    expected = jax.jit(af.value_and_grad(linen_loss, layout))(params, x)
     graphdef, state = nnx.split(model)
     grad_fn = af.nnx.value_and_grad(nnx_loss, layout)
-    found = fast_jit(lambda state: grad_fn(nnx.merge(graphdef, state), x))(state)
+    found = jax.jit(lambda state: grad_fn(nnx.merge(graphdef, state), x))(state)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
     assert_factors(found[2], expected[2])
 
@@ -140,13 +139,13 @@ def test_the_same_training(network, rule):
     layout = af.trace_layout(linen_loss, params, x)
     tx = af.adafisherw(RATES[rule], layout, rule=rule)
 
-    @fast_jit
+    @jax.jit
     def linen_step(params, state):
         loss, grads, factors = af.value_and_grad(linen_loss, layout)(params, x)
         updates, state = tx.update(grads, state, params, factors=factors)
         return optax.apply_updates(params, updates), state, loss
 
-    @fast_jit
+    @jax.jit
     def nnx_step(state):
         model, optimizer = nnx.merge(graphdef, state)
         loss, grads, factors = af.nnx.value_and_grad(nnx_loss, layout)(model, x)

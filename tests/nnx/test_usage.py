@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import adafisher_jax as af
+from tests.support.every_rule import every_rule
 from tests.support.nnx_reference import (
     Block,
     captured,
@@ -390,7 +391,7 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("rule", ["paper", "official", "centered"])
+@every_rule
 @pytest.mark.parametrize("filtered", FILTERS)
 def test_training_a_part(filtered, rule):
     """The layout is the whole model's, the optimizer takes its part, the rest stays."""

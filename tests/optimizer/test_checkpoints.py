@@ -13,7 +13,6 @@ import optax
 import pytest
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 
 STEPS, EVERY = 12, 3
@@ -63,7 +62,7 @@ def create(rule="centered", model=Net(), layout=None):  # noqa: B008
     return state.replace(step=jnp.zeros([], jnp.int32))
 
 
-@fast_jit
+@jax.jit
 def train_step(state, x):
     """Refreshes the curvature at every third step."""
     loss_fn = loss_of(Net())

@@ -15,7 +15,6 @@ from flax import linen as nn
 import adafisher_jax as af
 from adafisher_jax import alike
 from adafisher_jax.rules import centered
-from tests.support.compiling import fast_jit
 from tests.support.hand_made import LAYERS, layout_of, random_factors, random_tree
 
 RULES = ["paper", "official", "centered"]
@@ -159,7 +158,7 @@ def test_layers_of_several_matrices_step_alike_in_parts_and_together(kind, monke
     for at_once in (centered.AT_ONCE, 2 * three[0].leaves[0].size):
         monkeypatch.setattr(centered, "AT_ONCE", at_once)
         jax.clear_caches()
-        update = fast_jit(lambda state: tx.update(grads, state, factors=factors))
+        update = jax.jit(lambda state: tx.update(grads, state, factors=factors))
         found.append(update(update(tx.init(grads))[1]))
     chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-5)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
+from tests.support.every_rule import every_rule
 from tests.support.hand_made import layout_of, make_layer, random_factors, random_tree
 from tests.support.trees import equal
 
@@ -37,7 +37,7 @@ def setting(rule, **options):
     """The first state, and a compiled step."""
     tx = af.adafisherw(1e-3, layout(), rule=rule, **options)
 
-    @fast_jit
+    @jax.jit
     def step(carry, x):
         params, state = carry
         _, grads, factors = af.value_and_grad(loss_fn, layout())(params, x)
@@ -123,7 +123,7 @@ def test_a_batch_in_other_units_does_not_decide_how_centered_steps_after_it(spoi
     layout = af.trace_layout(loss_fn, params, X)
     tx = af.adafisherw(1e-2, layout, rule="centered")
 
-    @fast_jit
+    @jax.jit
     def step(carry, x):
         params, state = carry
         loss, grads, factors = af.value_and_grad(loss_fn, layout)(params, x)
@@ -183,7 +183,7 @@ class EmptyBlock(nn.Module):
         return nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros)(nothing) + x, None
 
 
-@any_rule
+@every_rule
 def test_an_axis_of_length_zero_is_no_fault(rule):
     """Its layer is refreshed like any other; not even an intermediate result is nan."""
     params = Empty().init(jax.random.key(0), X)["params"]
@@ -217,7 +217,7 @@ def test_an_axis_of_length_zero_is_no_fault(rule):
         (functools.partial(af.adafisherw, 10.0, weight_decay=0.1), jnp.bfloat16, False),
     ],
 )
-@any_rule
+@every_rule
 def test_where_a_step_would_not_be_finite_there_is_none(rule, make, dtype, everywhere):
     """Of gradients as large as their type has room for."""
     shapes = {**random_tree(np.random.default_rng(0), *LAYERS), "free": jnp.ones((3, 2))}
@@ -230,7 +230,7 @@ def test_where_a_step_would_not_be_finite_there_is_none(rule, make, dtype, every
     huge = jax.tree.map(lambda a: spoil(a).astype(dtype), params)
     tx = make(layout=layout_of(*LAYERS, free=(3, 2)), rule=rule)
     factors = random_factors(np.random.default_rng(0), *LAYERS)
-    update, state = fast_jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for grads in (huge, huge, params):
         updates, state = update(grads, state, params, factors=factors)
         assert_finite((updates, state))
@@ -280,7 +280,7 @@ def counting(rule):
     """An update of layers made by hand, as a function of the factors."""
     tx = af.scale_by_adafisher(layout_of(*LAYERS), rule=rule)
     grads = random_tree(np.random.default_rng(0), *LAYERS)
-    return fast_jit(lambda factors: tx.update(grads, tx.init(grads), factors=factors))
+    return jax.jit(lambda factors: tx.update(grads, tx.init(grads), factors=factors))
 
 
 def count(factors, rule="paper"):
@@ -376,5 +376,5 @@ def test_counts_are_in_the_order_of_paths_whatever_the_order_of_the_layers():
     grads = random_tree(np.random.default_rng(0), *layers)
     factors = random_factors(np.random.default_rng(0), *layers)
     factors["a"] = factors["a"]._replace(s=factors["a"].s * jnp.nan)
-    _, state = fast_jit(tx.update)(grads, tx.init(grads), factors=factors)
+    _, state = jax.jit(tx.update)(grads, tx.init(grads), factors=factors)
     assert by_layer(state, layout_of(*layers)) == {"a": 1, "b": 0}

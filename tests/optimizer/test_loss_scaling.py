@@ -11,7 +11,6 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.hand_made import layout_of, make_layer, random_factors, random_tree
 
 pytestmark = pytest.mark.slow
@@ -77,7 +76,7 @@ def create(rule):
     return state.replace(step=jnp.zeros([], jnp.int32))
 
 
-@functools.partial(fast_jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
 def scaled_step(state, dynamic_scale, model):
     """A step by the recipe of docs/precision.md."""
     scale = dynamic_scale.scale
@@ -91,7 +90,7 @@ def scaled_step(state, dynamic_scale, model):
     return state, dynamic_scale, finite, loss / scale
 
 
-@fast_jit
+@jax.jit
 def plain_step(state):
     loss, grads, factors = capture(Net())[1](state.params, 1.0)
     return state.apply_gradients(grads=grads, factors=factors), loss
@@ -222,7 +221,7 @@ def test_a_complex_layer_is_listed_as_uncovered(rule):
     assert [layer.path for layer in layout.layers] == ["layers_2"]
     tx = af.adafisher(0.03 if rule == "centered" else 1e-4, layout, rule=rule)
 
-    @fast_jit
+    @jax.jit
     def step(params, state):
         loss, grads, factors = af.value_and_grad(loss_fn, layout)(params)
         updates, state = tx.update(jax.tree.map(jnp.conj, grads), state, params, factors=factors)

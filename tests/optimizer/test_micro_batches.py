@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.reference import Dense, assert_factors, random_like, random_params
 
@@ -145,7 +144,7 @@ def assert_same(found, expected, rtol=1e-10):
 @any_model
 def test_micro_batches_add_up_to_the_batch(name, mask, way, x64):
     (_, x), (grad_fn, _, params) = MODELS[name], made(name)
-    found, expected = fast_jit(lambda p: (way(name, p, x, mask), grad_fn(p, x, mask)))(params)
+    found, expected = jax.jit(lambda p: (way(name, p, x, mask), grad_fn(p, x, mask)))(params)
     assert_same(found, expected)
 
 
@@ -154,7 +153,7 @@ def test_a_micro_batch_without_a_row_left_counts_for_nothing(way, x64):
     """Its mean is 0/0; its masked rows are rows of the layers all the same."""
     mask = np.array([1.0, 0, 0, 0, 1, 1])
     grad_fn, _, params = made("dense")
-    found, expected, (loss, *_) = fast_jit(
+    found, expected, (loss, *_) = jax.jit(
         lambda p: (way("dense", p, X, mask), grad_fn(p, X, mask), grad_fn(p, X[2:4], mask[2:4]))
     )(params)
     assert np.isnan(loss)
@@ -171,7 +170,7 @@ def test_an_empty_micro_batch_counts_for_nothing(model, sizes, x64):
         calls = [(len(x) / ROWS, x, np.ones(len(x))) for x in split(X, sizes)]
         return looped(grad_fn, layout, params, calls)
 
-    assert_same(*fast_jit(lambda p: (total_over(p, sizes), total_over(p, (4, 2))))(params))
+    assert_same(*jax.jit(lambda p: (total_over(p, sizes), total_over(p, (4, 2))))(params))
 
 
 def test_a_sum_has_weights_of_one(x64):
@@ -182,7 +181,7 @@ def test_a_sum_has_weights_of_one(x64):
 
     grad_fn = af.value_and_grad(loss_fn, layout)
     summed = af.accumulate(grad_fn, layout, np.ones(3, int))
-    assert_same(*fast_jit(lambda p: (summed(p, X.reshape(3, 2, 3)), grad_fn(p, X)))(params))
+    assert_same(*jax.jit(lambda p: (summed(p, X.reshape(3, 2, 3)), grad_fn(p, X)))(params))
 
 
 @any_way
@@ -203,7 +202,7 @@ def test_a_trajectory_is_that_of_the_batch(rule, way, x64):
         return jax.lax.scan(step, (params, tx.init(params)), batches)[0]
 
     accumulated = functools.partial(way, name)
-    found, expected = fast_jit(lambda p: (train(accumulated, p), train(grad_fn, p)))(start)
+    found, expected = jax.jit(lambda p: (train(accumulated, p), train(grad_fn, p)))(start)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), found, expected
     )
@@ -235,7 +234,7 @@ def test_the_result_is_that_of_one_loss_which_calls_the_model_for_each_micro_bat
 
     layout = af.trace_layout(loss_fn, params, x)
     grad_fn, once = (af.value_and_grad(f, layout) for f in (loss_fn, at_once))
-    found, expected, whole = fast_jit(
+    found, expected, whole = jax.jit(
         lambda p: (looped(grad_fn, layout, p, calls), once(p), grad_fn(p, x))
     )(params)
     assert_same(found, expected)
@@ -256,7 +255,7 @@ def test_a_layer_left_out_of_some_micro_batches(x64):
     params = {name: random_params(Dense(3), X) for name in "ab"}
     layout = af.trace_layout(loss_fn, params, X, True)
     grad_fn, once = (af.value_and_grad(f, layout) for f in (loss_fn, at_once))
-    found, expected = fast_jit(lambda p: (looped(grad_fn, layout, p, calls), once(p)))(params)
+    found, expected = jax.jit(lambda p: (looped(grad_fn, layout, p, calls), once(p)))(params)
     assert_same(found, expected)
     assert found[2]["b"].rows == 2
 
@@ -283,7 +282,7 @@ def test_arguments_that_are_no_arrays_are_handed_on(x64):
             grad_fn(p, X, masks=masks[1], **options),
         )
 
-    assert_same(*fast_jit(both)(params))
+    assert_same(*jax.jit(both)(params))
     assert set(seen) == {(True, "x", 0.5)}
 
 
@@ -297,7 +296,7 @@ def test_random_keys_are_one_for_each_micro_batch(x64):
     calls = [(1 / 3, x, key) for x, key in zip(split(X, EQUAL), keys, strict=True)]
     accumulated = af.accumulate(grad_fn, layout)
     assert_same(
-        *fast_jit(
+        *jax.jit(
             lambda p: (accumulated(p, X.reshape(3, 2, 3), keys), looped(grad_fn, layout, p, calls))
         )(params)
     )
@@ -322,7 +321,7 @@ def test_a_key_that_is_closed_over_is_that_of_every_micro_batch(x64):
         accumulated = af.accumulate(grad_fn, layout)(params, X.reshape(3, 2, 3))
         return accumulated, looped(grad_fn, layout, params, calls)
 
-    assert_same(*fast_jit(both)(noisy_params(model), jax.random.key(1), jnp.int32(7)))
+    assert_same(*jax.jit(both)(noisy_params(model), jax.random.key(1), jnp.int32(7)))
 
 
 class Noisy(nn.Module):
@@ -351,7 +350,7 @@ def test_masks_and_running_statistics(x64):
         (loss, _), *rest = grad_fn(params, *args)
         return loss, *rest
 
-    ((loss, stack), *rest), expected = fast_jit(
+    ((loss, stack), *rest), expected = jax.jit(
         lambda p: (summed(p, X.reshape(3, 2, 3), keys), looped(without_aux, layout, p, calls))
     )(params)
     assert_same((loss, *rest), expected)
@@ -371,7 +370,7 @@ def test_auxiliary_data_come_back_as_a_stack(x64):
     grad_fn = af.value_and_grad(loss_fn, layout, has_aux=True)
     x, mask = X.reshape(2, 3, 3), SOME.reshape(2, 3)
     accumulated = af.accumulate(grad_fn, layout, mask.sum(1) / 4)
-    ((loss, aux), *rest), ((whole, _), *expected) = fast_jit(
+    ((loss, aux), *rest), ((whole, _), *expected) = jax.jit(
         lambda p: (accumulated(p, x, mask), grad_fn(p, X, SOME))
     )(params)
     assert_same((loss, *rest), (whole, *expected))
@@ -447,7 +446,7 @@ def test_multi_steps_keeps_the_last_micro_batch_alone(x64):
         _, grads, factors = in_a_scan("dense", params, X, ALL)
         return tx.update(grads, tx.init(params), factors=factors)[1]
 
-    (found, last), right = fast_jit(lambda p: (gathered(p), accumulated(p)))(params)
+    (found, last), right = jax.jit(lambda p: (gathered(p), accumulated(p)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found.mu, right.mu)
     assert_factors(found.factors, last.factors)
     for path, factor in right.factors.items():

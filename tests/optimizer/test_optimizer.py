@@ -12,7 +12,6 @@ import pytest
 
 import adafisher_jax as af
 from adafisher_jax import optimizer
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.hand_made import curvatures, layout_of, make_layer, random_factors, random_tree
 from tests.support.trees import close, equal
@@ -43,7 +42,7 @@ def statistics(seed=0):
 
 def build(rule="paper", **options):
     tx = af.scale_by_adafisher(LAYOUT, rule=rule, **options)
-    return Setup(tx, fast_jit(tx.update), fast_jit(tx.init)(gradients()))
+    return Setup(tx, jax.jit(tx.update), jax.jit(tx.init)(gradients()))
 
 
 setup = functools.cache(build)
@@ -156,7 +155,7 @@ def test_the_states_types_are_not_those_of_the_settings(rule, ema, x64):
     grads, factors = jax.tree.map(jnp.float32, (gradients(), statistics()))
     tx = af.scale_by_adafisher(LAYOUT, rule=rule, curvature_ema=ema, b1=ema)
     state = tx.init(grads)
-    _, after = fast_jit(tx.update)(grads, state, factors=factors)
+    _, after = jax.jit(tx.update)(grads, state, factors=factors)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
@@ -182,8 +181,8 @@ def test_a_scan_over_train_steps_is_a_loop_over_them(rule):
         params, state, loss = step(*carry, x)
         return (params, state), loss
 
-    scanned, losses = fast_jit(lambda c: jax.lax.scan(body, c, batches))((PARAMS, tx.init(PARAMS)))
-    params, state, compiled = PARAMS, tx.init(PARAMS), fast_jit(step)
+    scanned, losses = jax.jit(lambda c: jax.lax.scan(body, c, batches))((PARAMS, tx.init(PARAMS)))
+    params, state, compiled = PARAMS, tx.init(PARAMS), jax.jit(step)
     for x, loss in zip(batches, losses, strict=True):
         params, state, found = compiled(params, state, x)
         np.testing.assert_allclose(found, loss, rtol=1e-4)
@@ -212,7 +211,7 @@ def test_without_factors_the_averages_stay_and_precondition(rule):
 @every_rule
 def test_before_the_first_refresh_the_update_is_the_fallback(rule):
     _, update, state = setup(rule)
-    plain = fast_jit(af.scale_by_adafisher(None, rule=rule).update)
+    plain = jax.jit(af.scale_by_adafisher(None, rule=rule).update)
     plain_state = af.scale_by_adafisher(None, rule=rule).init(gradients())
     for seed in range(2):
         updates, state = update(gradients(seed), state, factors=None)
@@ -278,7 +277,7 @@ def test_other_layers_factors_and_other_extra_arguments_are_ignored():
     expected = update(gradients(), state, factors=statistics())
     others = statistics() | {"elsewhere": random_factors(np.random.default_rng(1), NORM)["norm"]}
     tx = setup("paper").tx
-    equal(fast_jit(tx.update)(gradients(), state, None, factors=others, value=1.0), expected)
+    equal(jax.jit(tx.update)(gradients(), state, None, factors=others, value=1.0), expected)
 
 
 @every_rule
@@ -291,7 +290,7 @@ def test_stacked_layers_are_stepped_each_for_itself(rule, x64):
     slices = [jax.tree.map(lambda a, i=i: a[i], grads["stack"]) for i in range(2)]
     state = stacked.init({"stack": grads["stack"]})
     states = apart.init({f"part{i}": part for i, part in enumerate(slices)})
-    update, update_apart = fast_jit(stacked.update), fast_jit(apart.update)
+    update, update_apart = jax.jit(stacked.update), jax.jit(apart.update)
     for seed in range(3):
         grads, factor = gradients(seed)["stack"], statistics(seed)["stack"]
         split = [jax.tree.map(lambda a, i=i: a[i], (grads, factor)) for i in range(2)]
@@ -361,9 +360,9 @@ def test_an_update_can_be_differentiated(rule, x64):
         updates, _ = tx.update(grads, tx.init(params), factors=factors)
         return loss(optax.apply_updates(scaled, updates), 2 * x)
 
-    value = fast_jit(after_a_step)
+    value = jax.jit(after_a_step)
     slope = (value(1 + 1e-6) - value(1 - 1e-6)) / 2e-6
-    np.testing.assert_allclose(fast_jit(jax.grad(after_a_step))(1.0), slope, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(after_a_step))(1.0), slope, rtol=1e-5)
 
 
 @every_rule
@@ -398,7 +397,7 @@ def test_the_losss_scale_drops_out(rule, grows):
     layout = af.trace_layout(loss_fn, PARAMS, X)
     tx = af.scale_by_adafisher(layout, rule=rule)
 
-    @fast_jit
+    @jax.jit
     def step(scale):
         grad_fn = af.value_and_grad(lambda params, x: scale * loss_fn(params, x), layout)
         _, grads, factors = grad_fn(PARAMS, X)

@@ -15,7 +15,6 @@ import adafisher_jax as af
 from adafisher_jax import statistics
 from tests.capture.test_probes import PROGRAMS
 from tests.support import nnx_reference
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.reference import Block, inputs_of, loss_of, random_params, scalar
 
@@ -40,7 +39,7 @@ class Layers(nn.Module):
         return nn.remat(nn.Dense)(2)(scan(Block(), x, None)[0])
 
 
-def sometimes(loss_fn, layout, value_and_grad=af.value_and_grad, compiled=fast_jit):
+def sometimes(loss_fn, layout, value_and_grad=af.value_and_grad, compiled=jax.jit):
     """A program of whether it is due, and of the loss's arguments."""
     return compiled(lambda due, *args: value_and_grad(loss_fn, layout, when=due)(*args))
 
@@ -51,7 +50,7 @@ LONG = [how for how in LOSSES if how not in ("jit", "vjp", "shard_map", "pmap", 
 
 def check(loss_fn, params, x):
     layout = af.trace_layout(loss_fn, params, x)
-    value, grads, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, x)
+    value, grads, factors = jax.jit(af.value_and_grad(loss_fn, layout))(params, x)
     program = sometimes(loss_fn, layout)
     for due in (True, False):
         *found, those = program(due, params, x)
@@ -121,7 +120,7 @@ def test_what_is_known_when_tracing_leaves_no_branch(when, x):
     params, loss_fn = random_params(Layers(), x), loss_of(Layers())
     grad_fn = af.value_and_grad(loss_fn, af.trace_layout(loss_fn, params, x), when=when)
     assert "cond[" not in str(jax.make_jaxpr(grad_fn)(params, x))
-    *_, factors = fast_jit(grad_fn)(params, x)
+    *_, factors = jax.jit(grad_fn)(params, x)
     assert all((factor.rows > 0).all() == when for factor in factors.values())
 
 
@@ -139,7 +138,7 @@ def test_micro_batches_share_it(x):
     layout = af.trace_layout(loss_fn, params, x)
     parts = x.reshape(2, 2, 3)
 
-    @fast_jit
+    @jax.jit
     def accumulated(due):
         grad_fn = af.value_and_grad(loss_fn, layout, when=due)
         return af.accumulate(grad_fn, layout)(params, parts)
@@ -157,13 +156,13 @@ def test_a_schedule_equals_leaving_factors_out(rule, x):
     layout = af.trace_layout(loss_fn, params, x)
     tx = af.adafisher(1e-3, layout, rule=rule)
 
-    @fast_jit
+    @jax.jit
     def scheduled(params, state, due):
         _, grads, factors = af.value_and_grad(loss_fn, layout, when=due)(params, x)
         updates, state = tx.update(grads, state, params, factors=factors)
         return optax.apply_updates(params, updates), state
 
-    @functools.partial(fast_jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=2)
     def chosen(params, state, due):
         _, grads, factors = af.value_and_grad(loss_fn, layout)(params, x)
         updates, state = tx.update(grads, state, params, factors=factors if due else None)

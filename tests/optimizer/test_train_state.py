@@ -11,7 +11,6 @@ import pytest
 from flax.training import train_state
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.hand_made import layout_of, make_layer, random_factors, random_tree
 from tests.support.trees import equal
 
@@ -73,10 +72,10 @@ def test_it_is_carried_by_a_scan():
     def step(state, inputs):
         return state.apply_gradients(grads=inputs[0], factors=inputs[1]), None
 
-    scanned, _ = fast_jit(lambda s: jax.lax.scan(step, s, stacked))(state)
+    scanned, _ = jax.jit(lambda s: jax.lax.scan(step, s, stacked))(state)
     looped = state
     for seed in range(2):
-        looped, _ = fast_jit(step)(looped, data(seed))
+        looped, _ = jax.jit(step)(looped, data(seed))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), scanned, looped)
 
 

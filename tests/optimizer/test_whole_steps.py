@@ -1,6 +1,7 @@
 """A few train steps by every rule: a scan, a map and NNX change none of them."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,7 +10,7 @@ from flax import nnx
 
 import adafisher_jax as af
 from tests.support import nnx_reference
-from tests.support.compiling import fast_jit
+from tests.support.every_rule import every_rule
 from tests.support.reference import Block, in_turn, loss_of, random_params, slices
 from tests.support.trees import close
 
@@ -53,7 +54,7 @@ def trained(loss_fn, params, rule):
     layout = af.trace_layout(loss_fn, params, X)
     tx = af.adafisherw(RATES[rule], layout, rule=rule)
 
-    @fast_jit
+    @jax.jit
     def step(params, state):
         _, grads, factors = af.value_and_grad(loss_fn, layout)(params, X)
         updates, state = tx.update(grads, state, params, factors=factors)
@@ -65,7 +66,7 @@ def trained(loss_fn, params, rule):
     return params
 
 
-@pytest.mark.parametrize("rule", RATES)
+@every_rule
 @pytest.mark.parametrize(("stacked", "run"), [(Scanned, in_turn), (Mapped, each)])
 def test_stacked_blocks_are_trained_as_blocks_apart(stacked, run, rule):
     params = random_params(stacked(), X)
@@ -76,7 +77,7 @@ def test_stacked_blocks_are_trained_as_blocks_apart(stacked, run, rule):
         close(tree, expected[f"{i}"], rtol=1e-9)
 
 
-@pytest.mark.parametrize("rule", RATES)
+@every_rule
 def test_a_model_of_nnx_is_trained_as_one_of_linen(rule):
     model = nnx_reference.random_model(nnx_reference.Block)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -86,7 +87,7 @@ def test_a_model_of_nnx_is_trained_as_one_of_linen(rule):
     tx = af.adafisherw(RATES[rule], layout, rule=rule)
     graphdef, ours = nnx.split((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
 
-    @fast_jit
+    @jax.jit
     def step(state):
         model, optimizer = nnx.merge(graphdef, state)
         _, grads, factors = af.nnx.value_and_grad(loss_fn, layout)(model, X)

@@ -11,7 +11,6 @@ import pytest
 from flax.core import FrozenDict
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.every_rule import every_rule
 from tests.support.hand_made import layout_of, make_layer, random_factors, random_tree
 from tests.support.trees import close
@@ -33,7 +32,7 @@ PARAMS, _ = data(99)
 
 def run(tx, steps=2, params=PARAMS, change=lambda tree: tree, **extra):
     """The updates of a few steps, with the state they led to."""
-    update = fast_jit(lambda g, s, p, f: tx.update(g, s, p, **{"factors": f} | extra))
+    update = jax.jit(lambda g, s, p, f: tx.update(g, s, p, **{"factors": f} | extra))
     state, found = tx.init(params), []
     for seed in range(steps):
         grads, factors = data(seed)

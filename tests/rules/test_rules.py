@@ -19,7 +19,6 @@ import adafisher_jax as af
 from adafisher_jax import spectrum
 from adafisher_jax.factors import to_unit
 from adafisher_jax.rules import Scale, make_rule
-from tests.support.compiling import fast_jit
 from tests.support.hand_made import LAYERS, layout_of, make_layer, random_factors, random_tree
 
 RULES = ("paper", "official", "centered")
@@ -211,8 +210,8 @@ def trajectory(rule, wide=False):
     layers = (WIDE if wide else LAYERS).values()
     with jax.enable_x64(True):
         tx = af.scale_by_adafisher(layout_of(*layers), rule=rule)
-        state = fast_jit(tx.init)(random_tree(rng, *layers))
-        update = fast_jit(tx.update)
+        state = jax.jit(tx.init)(random_tree(rng, *layers))
+        update = jax.jit(tx.update)
         steps = []
         for units in REFRESHED:
             grads = random_tree(rng, *layers)
@@ -282,7 +281,7 @@ def test_a_case_worked_by_hand(rule, damping, weight, bias):
     )
     grads = {"layer": {"weight": jnp.array([[3.0, 1.0], [1.0, 1.0]]), "bias": jnp.ones(2)}}
     tx = af.scale_by_adafisher(layout_of(LAYER), rule=rule, damping=damping)
-    updates, _ = fast_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
     np.testing.assert_allclose(updates["layer"]["weight"], weight, rtol=5e-6, atol=1e-6)
     np.testing.assert_allclose(updates["layer"]["bias"], bias, rtol=5e-6)
 
@@ -301,7 +300,7 @@ def test_a_case_of_centered_worked_by_hand():
     factor = af.Factor(column[0], jnp.array([[5.0]]), jnp.array(2.0), column[1])
     grads = {"layer": {"weight": column[2], "bias": jnp.ones(1)}}
     tx = af.scale_by_adafisher(layout_of(layer), rule="centered", damping=0.0)
-    updates, _ = fast_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
     # (2 / sqrt(3/2), 1 / sqrt(1/2)) over its root mean square, sqrt(7/3), times 0.2
     np.testing.assert_allclose(updates["layer"]["weight"][:, 0], [0.213809, 0.185164], rtol=5e-6)
     np.testing.assert_allclose(updates["layer"]["bias"], [1 - 0.398973], rtol=5e-6)
@@ -325,7 +324,7 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     tx = af.scale_by_adafisher(layout_of(layer), rule="centered", b1=0.0, damping=TAU)
     plain = jax.grad(loss, (0, 1))(w, b, x)
     grads = {"layer": dict(zip(("weight", "bias"), plain, strict=True))}
-    updates, _ = fast_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
 
     shifted = b + mu @ w
     g_w, g_b = jax.grad(loss, (0, 1))(w, shifted, x - mu)
@@ -492,7 +491,7 @@ def test_the_rules_defaults_are_those_documented():
         found = []
         for given_ in ({}, {"curvature_ema": ema, "damping": damping, "b1": B1}):
             tx = af.scale_by_adafisher(layout_of(LAYER), rule=rule, **given_)
-            found.append(fast_jit(tx.update)(grads, tx.init(grads), factors=factors))
+            found.append(jax.jit(tx.update)(grads, tx.init(grads), factors=factors))
         jax.tree.map(np.testing.assert_array_equal, *found)
 
 
@@ -504,7 +503,7 @@ def test_centered_steps_of_inputs_far_from_zero_stay_within_its_rms():
     bias = jnp.array([0.5, -1.0])
     grads = {"layer": {"weight": far * jnp.stack([bias, bias]) * (1 + 1e-7), "bias": bias}}
     tx = af.scale_by_adafisher(layout_of(LAYER), rule="centered")
-    updates, state = fast_jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
     assert jnp.max(jnp.abs(updates["layer"]["weight"])) < 10
     assert state.scales["layer/weight"].square.item() > 0
@@ -529,7 +528,7 @@ def test_a_rule_is_taken_where_its_name_is():
     found = {}
     for rule in ("centered", make_rule("centered"), Twice(CENTERED_GAMMA, TAU)):
         tx = af.scale_by_adafisher(layout_of(LAYER), rule=rule)
-        found[rule] = fast_jit(tx.update)(grads, tx.init(grads), factors=factors)[0]
+        found[rule] = jax.jit(tx.update)(grads, tx.init(grads), factors=factors)[0]
     named, same, other = found.values()
     jax.tree.map(np.testing.assert_array_equal, named, same)
     np.testing.assert_allclose(other["layer"]["weight"], 2 * named["layer"]["weight"], rtol=1e-6)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import adafisher_jax as af
-from tests.support.compiling import fast_jit
 from tests.support.losses import assert_factors
 
 
@@ -36,7 +35,7 @@ def factors_by_definition(twin):
 
     paths = [path for path, *_ in run([])[1]]
     rows = collections.defaultdict(list)
-    for path, (x, s) in zip(paths, fast_jit(found)(), strict=True):
+    for path, (x, s) in zip(paths, jax.jit(found)(), strict=True):
         rows[path].append([np.reshape(v, (-1, v.shape[-1])) for v in (x, s)])
     factors = {}
     for path, of in rows.items():
@@ -49,8 +48,8 @@ def check_twin(loss_fn, params, twin, *data, uncovered=()):
     """Compares a loss's value, gradients and factors with those of its twin; returns the layout."""
     layout = af.trace_layout(loss_fn, params, *data)
     assert [row.leaf.path for row in layout.uncovered] == list(uncovered), str(layout)
-    value, grads, factors = fast_jit(af.value_and_grad(loss_fn, layout))(params, *data)
-    wanted, wanted_grads = fast_jit(jax.value_and_grad(loss_fn))(params, *data)
+    value, grads, factors = jax.jit(af.value_and_grad(loss_fn, layout))(params, *data)
+    wanted, wanted_grads = jax.jit(jax.value_and_grad(loss_fn))(params, *data)
     np.testing.assert_allclose(value, wanted, rtol=1e-12)
     np.testing.assert_allclose(value, twin(lambda path, x, y: y), rtol=1e-12)
     jax.tree.map(

@@ -17,7 +17,6 @@ from flax import nnx
 
 import adafisher_jax as af
 from adafisher_jax import Factor
-from tests.support.compiling import fast_jit
 from tests.support.reference import (
     F64,
     NORMS,
@@ -119,7 +118,7 @@ def calls_of(loss_fn, model, *args):
 
     jax.eval_shape(run, None)
     zeros = [np.zeros(y.shape, y.dtype) for *_, y in seen]
-    cotangents, (inputs, twins) = fast_jit(jax.grad(run, has_aux=True))(zeros)
+    cotangents, (inputs, twins) = jax.jit(jax.grad(run, has_aux=True))(zeros)
     for ours, theirs in twins:
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
     arrays = jax.tree.map(np.asarray, (inputs, cotangents))
@@ -184,7 +183,7 @@ def captured(loss_fn, model, *args, has_aux=False):
             found.append((result[:2], nnx.state(copy), given, result[2:]))
         return found
 
-    (*ours, (factors,)), (*expected, _) = fast_jit(both)(state, args)
+    (*ours, (factors,)), (*expected, _) = jax.jit(both)(state, args)
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     assert type(ours[0][1]) is type(expected[0][1])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)

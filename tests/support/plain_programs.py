@@ -17,7 +17,6 @@ import numpy as np
 
 import adafisher_jax as af
 from adafisher_jax import Factor
-from tests.support.compiling import fast_jit
 
 
 class Held(NamedTuple):
@@ -165,7 +164,7 @@ def factors_of(program, params, *data):
         cotangents = jax.grad(lambda zeros: program(Unrolled(zeros), _hold(params), *data))(zeros)
         return [(call.jacobian, call.touches) for call in first.calls], cotangents
 
-    jacobians, cotangents = jax.tree.map(np.asarray, fast_jit(found)())
+    jacobians, cotangents = jax.tree.map(np.asarray, jax.jit(found)())
     leaves = dict(_paths(params))
     sums: dict[str, Any] = {}
     for call, (jacobian, touches), g in zip(calls, jacobians, cotangents, strict=True):
@@ -230,7 +229,7 @@ def check(program, params, *data, covered=1.0, rtol=1e-9, kinds=None):
     params = jax.tree.map(jnp.asarray, params)
     layout = af.trace_layout(loss_fn, params, *data)
     assert layout == af.trace_layout(loss_fn, params, *data)
-    both = fast_jit(
+    both = jax.jit(
         lambda *args: (
             af.value_and_grad(loss_fn, layout)(*args),
             jax.value_and_grad(loss_fn)(*args),

@@ -18,7 +18,6 @@ import numpy as np
 
 import adafisher_jax as af
 from adafisher_jax import Factor
-from tests.support.compiling import fast_jit
 
 F64 = jnp.float64
 Dense = functools.partial(nn.Dense, param_dtype=F64)
@@ -61,7 +60,7 @@ def calls_of(loss_fn, params, *args) -> list[Call]:
 
     jax.eval_shape(run, None)
     zeros = [np.zeros(y.shape, y.dtype) for *_, y in seen]
-    cotangents, inputs = fast_jit(jax.grad(run, has_aux=True))(zeros)
+    cotangents, inputs = jax.jit(jax.grad(run, has_aux=True))(zeros)
     arrays = jax.tree.map(np.asarray, (inputs, cotangents))
     return [Call(*call[:3], x, g) for call, x, g in zip(seen, *arrays, strict=True)]
 
@@ -111,7 +110,7 @@ def linear_sums(call: Call) -> Factor:
     )
 
 
-@functools.partial(fast_jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def jacobian_of(module, method, x):
     """The derivative of a layer's output with respect to its kernel, at any kernel."""
     name = "embedding" if isinstance(module, nn.Embed) else "kernel"
@@ -177,7 +176,7 @@ def captured(loss_fn, params, *args, has_aux=False, exact=True):
         af.value_and_grad(loss_fn, layout, has_aux),
         jax.value_and_grad(loss_fn, has_aux=has_aux),
     )
-    (value, grads, factors), expected = fast_jit(lambda *xs: [f(*xs) for f in both])(params, *args)
+    (value, grads, factors), expected = jax.jit(lambda *xs: [f(*xs) for f in both])(params, *args)
     assert jax.tree.structure((value, grads)) == jax.tree.structure(expected)
     tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-12, "atol": 1e-14}
     close = functools.partial(np.testing.assert_allclose, **tolerance)

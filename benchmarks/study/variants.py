@@ -164,7 +164,7 @@ SETTINGS = {
     "nesterov": (changed, (False,)),
     "b2": (changed, (0.0, 0.999)),
     "directions": (cut, (4, 8, 16, 32, 64)),
-    "bound": (bounded, (1e-4, 1e-1)),
+    "bound": (bounded, (1e-4, 1e-2, 1e-1)),
     "exponent": (raised, (0.25, 1.0)),
     "without": (outside, ("embedding", "norm", "head")),
     "warm_up": (scheduled, (0.0, 0.2)),

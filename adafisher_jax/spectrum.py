@@ -107,9 +107,9 @@ def leading_excess(
 
     Once `V` has converged, `D - E` is `D` with its `k` leading singular values cut down to the root
     mean square of the others. The bound of 1e-2 matters to a matrix of low rank, whose other
-    singular values are noise and rounding errors: without it a step would be mostly these, and
-    equal runs would part. `V` is stored relative to its largest column, with 1e-4 of
-    the previous `V` added, which decides where `D` has nothing.
+    singular values are noise and rounding errors, of which a step would otherwise mostly be. `V` is
+    stored relative to its largest column, with 1e-4 of the previous `V` added, which decides where
+    `D` has nothing.
 
     Args:
       layer: one of the like layers. Each block is a matrix of inputs by outputs.

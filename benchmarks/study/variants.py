@@ -44,7 +44,7 @@ def cut(task, rate, weight_decay, directions):
 
 
 def bounded(task, rate, weight_decay, bound):
-    """No singular value is cut below this share of their root mean square, squared."""
+    """No singular value's square is cut below this share of the mean of all squares."""
     patched = mock.patch.object(spectrum, "LEAST", bound)
     return Optimizer(*map(patched, set_to(task, rate, weight_decay)))
 

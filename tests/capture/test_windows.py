@@ -48,7 +48,7 @@ def test_counts_are_those_of_every_read():
 
 
 def test_sums_are_the_product_with_the_counts():
-    for window in windows(1, 8):
+    for window in windows(1, 15):
         totals = np.random.default_rng(0).integers(0, 9, (2, window.inputs, 3))
         found = window.sums(jnp.asarray(totals, jnp.float32))
         expected = np.einsum("kp,bpc->bkc", count(window), totals)

@@ -46,7 +46,7 @@ def cut(task, rate, weight_decay, directions):
 def bounded(task, rate, weight_decay, bound):
     """No singular value's square is cut below this share of the mean of all squares."""
     patched = mock.patch.object(spectrum, "LEAST", bound)
-    return Optimizer(*map(patched, set_to(task, rate, weight_decay)))
+    return Optimizer(*map(patched, changed(task, rate, weight_decay)))
 
 
 def cut_whole(task, rate, weight_decay):

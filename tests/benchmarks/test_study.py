@@ -336,7 +336,7 @@ def test_a_control_has_steps_of_another_share(share, ratio):
 # An MLP has neither of two kinds of layer nor a wide one, and six steps have no warm-up anyway.
 ELSEWHERE = [
     *("centered-without=embedding", "centered-without=norm", "centered-warm_up=0.0"),
-    "centered-directions=32",  # as the rule has there
+    *("centered-directions=32", "centered-bound=0.01"),  # as the rule has there
     *(f"centered-share={share}" for share in variants.SHARES),
 ]
 

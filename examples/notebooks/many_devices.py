@@ -98,8 +98,8 @@ def check(losses):
     apart = np.abs(np.subtract(losses, expected))
     for steps in (10, STEPS):
         print(f"in {steps} steps, losses differ by {np.max(apart[:steps]):.0e} at most")
-    np.testing.assert_allclose(losses[:10], expected[:10], rtol=1e-3)
-    np.testing.assert_allclose(losses, expected, rtol=3e-2)
+    np.testing.assert_allclose(losses[:10], expected[:10], rtol=5e-3)
+    np.testing.assert_allclose(losses, expected, rtol=5e-2)
 
 
 check(losses)

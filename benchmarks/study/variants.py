@@ -3,9 +3,10 @@
 `exponent` is that of the damped factors, 1/2 otherwise, and `b2` of the average of squared steps,
 0.99. `without=…`: layers of a kind, or the last dense one (`head`), are stepped as if outside.
 `warm_up`: its share of the steps, 0.05 otherwise; `decay`: of weights, 0 otherwise. `clipped`:
-factors below the damping are raised to it, in place of its addition to all. `whole`: all singular
-values are made equal. `grafted`: each parameter's step is as long as NAdam's. `signed`: of each
-entry of a step its sign is left. `share=…`: from a side of 128 on, steps are smaller by the number
+factors below the damping are raised to it, in place of its addition to all. `bound`: of the squares
+of singular values, as a share of their mean, 0.01 otherwise. `whole`: all singular values are made
+equal. `grafted`: each parameter's step is as long as NAdam's. `signed`: of each entry of a step its
+sign is left. `share=…`: from a side of 128 on, steps are smaller by the number
 of `inputs` of their weight, or by the `root` of its shorter side, or `equal`, or those of
 `embeddings` are smaller too.
 """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adafisher_jax.layout import Layer
 from adafisher_jax.meshes import everywhere
 
-MOST = 2**23  # entries of all weights in a group, whose steps are in memory together
+MOST = 2**24  # entries of all weights in a group, whose steps are in memory together
 
 
 @dataclasses.dataclass(frozen=True)

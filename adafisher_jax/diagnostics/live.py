@@ -206,7 +206,7 @@ def _of_layer(
     points = _points(layer.to_matrices(h), 1), _points(layer.to_matrices(s), 2)
     divisor = rule.damped(layer, *points) ** rule.exponent
     known = refreshed.reshape(-1, 1, 1)
-    size = learning_rate * rule.size(layer, stored.scale)
+    size = learning_rate * rule.size(layer, curvature, stored.scale)
     sizes = jnp.broadcast_to(size, layer.slot_shape).reshape(-1, 1, 1)
     rates = sizes / jnp.where(known, divisor, 1)
     low, median, high = jnp.quantile(rates, jnp.asarray(QUANTILES, rates.dtype))

@@ -46,6 +46,11 @@ class Centered(Rule):
     and large networks. It does not apply below 128, since a bottleneck is not a narrow network, nor
     to embeddings, since a lookup changes by its own row alone.
 
+    If a batch has fewer than 64 rows for a layer, steps of its weight are smaller by
+    :math:`\sqrt{\mathrm{rows}/64}`. The gradient of few rows is mostly noise, and of low rank,
+    but a step of fixed root mean square is as long as any. The root is the rule of
+    arXiv:2205.10287 for noise. Rows are averaged as factors are. Embeddings are left out again.
+
     A batch whose `H` has more than ten times the sum of the averaged `H` counts as one with ten
     times the sum, its :math:`\mu` by the root of the same share, and so does one whose `S` has. So
     no batch in other units decides for the next twenty by which mean inputs are centered.
@@ -64,6 +69,7 @@ class Centered(Rule):
     b2 = 0.99
     rms = 0.2
     widest = 128  # the longest shorter side of a weight whose steps have that root mean square
+    fewest = 64  # the fewest rows in a batch of a weight whose steps have that root mean square
     most = 10.0  # how many times the averages so far the statistics of one batch count
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
@@ -171,7 +177,10 @@ class Centered(Rule):
                 least = _mean(_squared(of_in), layer.axes) * _mean(_squared(of_out), layer.axes)
                 least = jnp.finfo(least.dtype).eps * least
             steps = each(_preconditioned, weights, *parts)
-            weights, pulled, scale_w = self._flat(layer, steps, mean, refreshed, scale_w, least)
+            size = self.step_rms(layer, curvature)
+            weights, pulled, scale_w = self._flat(
+                layer, steps, mean, refreshed, scale_w, least, size
+            )
             if centers:
                 biases = each(jnp.subtract, biases, layer.to_bias(pulled))
         return Pair(weights, biases), Pair(scale_w, scale_b)
@@ -184,6 +193,7 @@ class Centered(Rule):
         where: jax.Array,
         scale: Scale,
         least: jax.Array,
+        size: Any,
     ) -> tuple[tuple[jax.Array, ...], Any, Scale]:
         """Weights' steps with their leading singular values cut, at their size.
 
@@ -194,6 +204,7 @@ class Centered(Rule):
           where: false for layers, or blocks of them, whose values are left as they are.
           scale: what is stored of their steps.
           least: what their mean squares are at least taken for.
+          size: their root mean square afterwards.
 
         Returns:
           The steps, their products with `mean`, and what is stored of them.
@@ -209,14 +220,22 @@ class Centered(Rule):
         square = _mean(cut.square.reshape(layer.slot_shape), layer.axes)
         square = square / max(layer.fan_in * layer.fan_out, 1)
         scale, inverse = self._size(scale, jnp.maximum(square, least))
-        size = self.step_rms(layer) * inverse
+        size = size * inverse
         flat = each(jnp.multiply, cut.subtract(one, steps), size)
         pulled = None if cut.pulled is None else layer.from_matrices(cut.pulled) * size
         return flat, pulled, scale
 
-    def step_rms(self, layer: Layer) -> float:
-        """The root mean square of the steps of a layer's weight at a learning rate of one."""
-        return self.rms * self.share(layer)
+    def step_rms(self, layer: Layer, curvature: Curvature) -> Any:
+        """The root mean square of the steps of a layer's weight at a learning rate of one.
+
+        It is one number, or one for each stacked layer, of the weight's rank.
+        """
+        own = self.rms * self.share(layer)
+        if layer.kind == "embedding":
+            return own
+        slot = _mean(curvature.slot, layer.axes)
+        rows = curvature.factor.rows.reshape(slot.shape) / jnp.where(slot > 0, slot, 1)
+        return own * jnp.where(rows > 0, jnp.sqrt(jnp.minimum(rows / self.fewest, 1)), 1)
 
     def share(self, layer: Layer) -> float:
         """The size of the steps of a layer's weight, relative to a small layer's."""
@@ -245,9 +264,10 @@ class Centered(Rule):
         scale = scale._replace(square=new, bias_correction=one)
         return scale, jnp.where(good, _inverse_rms(scale), 0)  # without a square there is no step
 
-    def size(self, layer: Layer, scale: Scale | None) -> Any:
+    def size(self, layer: Layer, curvature: Curvature, scale: Scale | None) -> Any:
         assert scale is not None
-        return (1 if layer.kind == "norm" else self.step_rms(layer)) * _inverse_rms(scale)
+        own = 1 if layer.kind == "norm" else self.step_rms(layer, curvature)
+        return own * _inverse_rms(scale)
 
 
 def _part(layers: int, start: int, stop: int, values: Any) -> Any:

@@ -156,7 +156,7 @@ class Rule:
         """The Fisher term with the damping in it."""
         return h * s + self.damping
 
-    def size(self, layer: Layer, scale: Scale | None) -> Any:
+    def size(self, layer: Layer, curvature: Curvature, scale: Scale | None) -> Any:
         """The factor that multiplies the preconditioned momentum of a layer's weight."""
         return 1.0
 

@@ -12,9 +12,9 @@ out of the gradients.
 | `optimizer` | `optimizer_with_probes(optimizer, layout)` |
 
 If the loop averages gradients over devices or micro-batches, it averages sums and row counts alike,
-so the factors are right. They are also right if the loop multiplies all gradients by a number. But
-the gradients of the probes count in a global norm: if the loop clips by it, put the clip into the
-optimizer instead.
+so the factors are right. They are also right if the loop multiplies all gradients by a number, but
+for `rows`, which are multiplied too. And the gradients of the probes count in a global norm: if the
+loop clips by it, put the clip into the optimizer instead.
 """
 
 from collections.abc import Callable

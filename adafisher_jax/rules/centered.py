@@ -46,9 +46,9 @@ class Centered(Rule):
     and large networks. It does not apply below 128, since a bottleneck is not a narrow network, nor
     to embeddings, since a lookup changes by its own row alone.
 
-    If a batch has fewer than 64 rows for a layer, steps of its weight are smaller by
-    :math:`\sqrt{\mathrm{rows}/64}`. The gradient of few rows is mostly noise, and of low rank,
-    but a step of fixed root mean square is as long as any. The root is the rule of
+    If a batch has fewer rows for a layer than :math:`r = \min(n, 64)`, steps of its weight are
+    smaller by :math:`\sqrt{\mathrm{rows}/r}`. The gradient of few rows is mostly noise, and of low
+    rank, but a step of fixed root mean square is as long as any. The root is the rule of
     arXiv:2205.10287 for noise. Rows are averaged as factors are. Embeddings are left out again.
 
     A batch whose `H` has more than ten times the sum of the averaged `H` counts as one with ten
@@ -69,7 +69,7 @@ class Centered(Rule):
     b2 = 0.99
     rms = 0.2
     widest = 128  # the longest shorter side of a weight whose steps have that root mean square
-    fewest = 64  # the fewest rows in a batch of a weight whose steps have that root mean square
+    fewest = 64  # the rows in a batch that are enough for any weight's steps of that size
     most = 10.0  # how many times the averages so far the statistics of one batch count
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
@@ -235,7 +235,8 @@ class Centered(Rule):
             return own
         slot = _mean(curvature.slot, layer.axes)
         rows = curvature.factor.rows.reshape(slot.shape) / jnp.where(slot > 0, slot, 1)
-        return own * jnp.where(rows > 0, jnp.sqrt(jnp.minimum(rows / self.fewest, 1)), 1)
+        enough = max(min(layer.fan_in, layer.fan_out, self.fewest), 1)
+        return own * jnp.where(rows > 0, jnp.sqrt(jnp.minimum(rows / enough, 1)), 1)
 
     def share(self, layer: Layer) -> float:
         """The size of the steps of a layer's weight, relative to a small layer's."""

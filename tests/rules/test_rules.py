@@ -147,7 +147,7 @@ class Reading:
         small = min(n, outs) < 128 or self.layer.kind == "embedding"
         size = 0.2 if small else 0.2 * 128 / min(n, outs)
         if self.refreshes and self.layer.kind != "embedding":
-            few = np.sqrt(np.minimum(self.rows / weight / 64, 1))
+            few = np.sqrt(np.minimum(self.rows / weight / min(n, outs, 64), 1))
             size = size * np.broadcast_to(few, len(d_w))[:, None, None]
         d_w = self.over_rms("w", d_w, g_w) if norm else size * self.over_rms("w", d_w, d_w)
         if not self.layer.bias:
@@ -263,12 +263,15 @@ def check_formula(layer, rule, steps):
         ("heads", 16, 0.08),
         ("heads", 1000, 0.16),
         ("few_inputs", 64, 0.2),
+        ("few_rows_and_outputs", 16, 0.2),
+        ("few_rows_and_outputs", 4, 0.1),
         ("embedding", 16, 0.2),
         ("norm", 16, 1),
     ],
 )
 def test_the_size_that_centered_tells_is_that_of_its_steps(name, rows, size):
-    layer, rule = WIDE[name].stacked(1), make_rule("centered")
+    small = make_layer(name, "dense", (300, 16), "in0 out0", "out0")
+    layer, rule = WIDE.get(name, small).stacked(1), make_rule("centered")
     one = jnp.ones(layer.stack_shape)
     scale = Scale(2 * one, one / 2)  # a root mean square of 2
     fresh = jax.tree.map(lambda x: x + rows, layer.zeros())
@@ -313,19 +316,19 @@ def test_a_case_of_centered_worked_by_hand():
     """M = (2, 1) and the variance (4, 2) - 1 over its mean (3/2, 1/2); a column has no spectrum."""
     layer = make_layer("layer", "dense", (2, 1), "in0 out0", "out0")
     column = [jnp.array([[a], [b]]) for a, b in ((4.0, 2.0), (1.0, 1.0), (3.0, 2.0))]
-    factor = af.Factor(column[0], jnp.array([[5.0]]), jnp.array(16.0), column[1])
+    factor = af.Factor(column[0], jnp.array([[5.0]]), jnp.array(2.0), column[1])
     grads = {"layer": {"weight": column[2], "bias": jnp.ones(1)}}
     tx = af.scale_by_adafisher(layout_of(layer), rule="centered", damping=0.0)
     updates, _ = jax.jit(tx.update)(grads, tx.init(grads), factors={"layer": factor})
-    # (2 / sqrt(3/2), 1 / sqrt(1/2)) over its root mean square, sqrt(7/3), times 0.2 sqrt(16/64)
-    np.testing.assert_allclose(updates["layer"]["weight"][:, 0], [0.106904, 0.092582], rtol=5e-6)
-    np.testing.assert_allclose(updates["layer"]["bias"], [1 - 0.199486], rtol=5e-6)
+    # (2 / sqrt(3/2), 1 / sqrt(1/2)) over its root mean square, sqrt(7/3), times 0.2
+    np.testing.assert_allclose(updates["layer"]["weight"][:, 0], [0.213809, 0.185164], rtol=5e-6)
+    np.testing.assert_allclose(updates["layer"]["bias"], [1 - 0.398973], rtol=5e-6)
 
 
 def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     """`y = Wᵀh + b = Wᵀ(h - μ) + b'`: differentiate and step in (W, b'), then map back."""
     rng = np.random.default_rng(0)
-    x, target = rng.normal(size=(64, 3)) + 2, rng.normal(size=(64, 4))
+    x, target = rng.normal(size=(9, 3)) + 2, rng.normal(size=(9, 4))
     w, b = rng.normal(size=(3, 4)), rng.normal(size=4)
     mu = x.mean(0)
     layer = make_layer("layer", "dense", (3, 4), "in0 out0", "out0")
@@ -336,7 +339,7 @@ def test_centered_is_the_same_step_taken_in_centered_coordinates(x64):
     outputs = jax.grad(lambda y: jnp.mean(jnp.square(jnp.tanh(y) - target)))(x @ w + b[None])
     s2 = jnp.mean(jnp.square(outputs), 0, keepdims=True)
     second = np.mean(x**2, 0)[:, None]
-    factor = af.Factor(jnp.asarray(second), s2, jnp.array(64.0), jnp.asarray(mu)[:, None])
+    factor = af.Factor(jnp.asarray(second), s2, jnp.array(9.0), jnp.asarray(mu)[:, None])
     tx = af.scale_by_adafisher(layout_of(layer), rule="centered", b1=0.0, damping=TAU)
     plain = jax.grad(loss, (0, 1))(w, b, x)
     grads = {"layer": dict(zip(("weight", "bias"), plain, strict=True))}

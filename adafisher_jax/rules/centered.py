@@ -46,10 +46,11 @@ class Centered(Rule):
     and large networks. It does not apply below 128, since a bottleneck is not a narrow network, nor
     to embeddings, since a lookup changes by its own row alone.
 
-    If a batch has fewer rows for a layer than :math:`r = \min(n, 64)`, steps of its weight are
-    smaller by :math:`\sqrt{\mathrm{rows}/r}`. The gradient of few rows is mostly noise, and of low
-    rank, but a step of fixed root mean square is as long as any. The root is the rule of
-    arXiv:2205.10287 for noise. Rows are averaged as factors are. Embeddings are left out again.
+    If a batch has fewer rows for a layer than :math:`r`, steps of its weight are smaller by
+    :math:`\sqrt{\mathrm{rows}/r}`. `r` is the geometric mean of the sides of `D`, or 64 if that is
+    less. The gradient of few rows is mostly noise, and of low rank, but a step of fixed root mean
+    square is as long as any. The root is the rule of arXiv:2205.10287 for noise. Rows are averaged
+    as factors are. Embeddings are left out again.
 
     A batch whose `H` has more than ten times the sum of the averaged `H` counts as one with ten
     times the sum, its :math:`\mu` by the root of the same share, and so does one whose `S` has. So
@@ -69,7 +70,7 @@ class Centered(Rule):
     b2 = 0.99
     rms = 0.2
     widest = 128  # the longest shorter side of a weight whose steps have that root mean square
-    fewest = 64  # the rows in a batch that are enough for any weight's steps of that size
+    fewest = 64  # the rows in a batch that are enough for steps of that size, of any layer
     most = 10.0  # how many times the averages so far the statistics of one batch count
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
@@ -235,14 +236,18 @@ class Centered(Rule):
             return own
         slot = _mean(curvature.slot, layer.axes)
         rows = curvature.factor.rows.reshape(slot.shape) / jnp.where(slot > 0, slot, 1)
-        enough = max(min(layer.fan_in, layer.fan_out, self.fewest), 1)
-        return own * jnp.where(rows > 0, jnp.sqrt(jnp.minimum(rows / enough, 1)), 1)
+        few = jnp.sqrt(jnp.minimum(rows / self.enough(layer), 1))
+        return own * jnp.where(rows > 0, few, 1)
 
     def share(self, layer: Layer) -> float:
         """The size of the steps of a layer's weight, relative to a small layer's."""
         if layer.kind == "embedding":  # a lookup changes by its own row's step, whatever the width
             return 1.0
         return min(1.0, self.widest / max(min(layer.fan_in, layer.fan_out), 1))
+
+    def enough(self, layer: Layer) -> float:
+        """How many rows in a batch are enough for steps of full size of a layer's weight."""
+        return min(max(layer.fan_in * layer.fan_out, 1) ** 0.5, self.fewest)
 
     def fallback(self, momentum: jax.Array, grad: jax.Array, scale: Any) -> tuple[Any, Any]:
         vector = momentum.ndim < 2

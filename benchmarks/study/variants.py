@@ -8,7 +8,8 @@ of singular values, as a share of their mean, 0.01 otherwise. `whole`: all singu
 equal. `grafted`: each parameter's step is as long as NAdam's. `signed`: of each entry of a step its
 sign is left. `share=…`: from a side of 128 on, steps are smaller by the number
 of `inputs` of their weight, or by the `root` of its shorter side, or `equal`, or those of
-`embeddings` are smaller too.
+`embeddings` are smaller too. `rows=…`: steps are never smaller for few rows (`any`), or for fewer
+than 64 in all layers (`64`), or for fewer than the `shorter` side.
 """
 
 import dataclasses
@@ -157,6 +158,17 @@ def shared(task, rate, weight_decay, share):
     return changed(task, rate, weight_decay, share=staticmethod(how))
 
 
+ROWS = {
+    "any": lambda layer: 1e-9,
+    "64": lambda layer: 64,
+    "shorter": lambda layer: min(layer.fan_in, layer.fan_out, 64),
+}
+
+
+def of_rows(task, rate, weight_decay, rows):
+    return changed(task, rate, weight_decay, enough=staticmethod(ROWS[rows]))
+
+
 SETTINGS = {
     "damping": (set_to, (0.001, 0.1)),
     "curvature_ema": (set_to, (0.8, 0.99)),
@@ -171,6 +183,7 @@ SETTINGS = {
     "warm_up": (scheduled, (0.0, 0.2)),
     "decay": (decayed, (0.01, 0.1)),
     "share": (shared, tuple(SHARES)),
+    "rows": (of_rows, tuple(ROWS)),
 }
 NAMES = {
     **{

@@ -147,7 +147,7 @@ class Reading:
         small = min(n, outs) < 128 or self.layer.kind == "embedding"
         size = 0.2 if small else 0.2 * 128 / min(n, outs)
         if self.refreshes and self.layer.kind != "embedding":
-            few = np.sqrt(np.minimum(self.rows / weight / min(n, outs, 64), 1))
+            few = np.sqrt(np.minimum(self.rows / weight / min(np.sqrt(n * outs), 64), 1))
             size = size * np.broadcast_to(few, len(d_w))[:, None, None]
         d_w = self.over_rms("w", d_w, g_w) if norm else size * self.over_rms("w", d_w, d_w)
         if not self.layer.bias:
@@ -263,14 +263,14 @@ def check_formula(layer, rule, steps):
         ("heads", 16, 0.08),
         ("heads", 1000, 0.16),
         ("few_inputs", 64, 0.2),
-        ("few_rows_and_outputs", 16, 0.2),
-        ("few_rows_and_outputs", 4, 0.1),
+        ("small", 20, 0.2),
+        ("small", 5, 0.1),
         ("embedding", 16, 0.2),
         ("norm", 16, 1),
     ],
 )
 def test_the_size_that_centered_tells_is_that_of_its_steps(name, rows, size):
-    small = make_layer(name, "dense", (300, 16), "in0 out0", "out0")
+    small = make_layer(name, "dense", (40, 10), "in0 out0", "out0")
     layer, rule = WIDE.get(name, small).stacked(1), make_rule("centered")
     one = jnp.ones(layer.stack_shape)
     scale = Scale(2 * one, one / 2)  # a root mean square of 2

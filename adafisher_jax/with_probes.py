@@ -12,9 +12,9 @@ out of the gradients.
 | `optimizer` | `optimizer_with_probes(optimizer, layout)` |
 
 If the loop averages gradients over devices or micro-batches, it averages sums and row counts alike,
-so the factors are right. They are also right if the loop multiplies all gradients by a number, but
-for `rows`, which are multiplied too. And the gradients of the probes count in a global norm: if the
-loop clips by it, put the clip into the optimizer instead.
+so their means are right; `rows` is that of one device or micro-batch. All is right if the loop
+multiplies all gradients by a number, since one more probe tells the number. But the gradients of
+the probes count in a global norm: if the loop clips by it, put the clip into the optimizer instead.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,12 @@ class WithProbes(NamedTuple):
     Attributes:
       params: the parameters.
       probes: the probes by layer path, zeros. `rows` has the rank of the weight.
+      unit: a zero, (), whose gradient is one, or by what a loop has multiplied all gradients.
     """
 
     params: Any
     probes: dict[str, Factor]
+    unit: jax.Array
 
 
 def add_probes(params: Any, layout: Layout) -> WithProbes:
@@ -61,14 +63,14 @@ def add_probes(params: Any, layout: Layout) -> WithProbes:
       (3, 1)
     """
     check_layout(layout)
-    return WithProbes(params, capture.probes_of(layout, params))
+    return WithProbes(params, capture.probes_of(layout, params), jnp.zeros(()))
 
 
 def loss_with_probes(loss_fn: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     r"""Returns a loss of parameters with probes.
 
     The value and the gradient by the parameters are those of `loss_fn`. The gradient by a layer's
-    probe is :math:`(\sum_n \bar h_n^2, \sum_n s_n^2, N, \sum_n \bar h_n)`.
+    probe is :math:`(\sum_n \bar h_n^2, \sum_n s_n^2, N, \sum_n \bar h_n)`, that by `unit` is 1.
 
     Args:
       loss_fn: a loss of parameters and further arguments, with or without auxiliary data.
@@ -96,7 +98,10 @@ def loss_with_probes(loss_fn: Callable[..., Any], layout: Layout) -> Callable[..
     def loss(params: WithProbes, /, *args: Any, **kwargs: Any) -> Any:
         _check("params", params)
         probed, met = capture.probed(loss_fn, layout, params.params, args, kwargs)
-        return probed(params.params, {path: params.probes[path] for path in met})
+        found = probed(params.params, {path: params.probes[path] for path in met})
+        value, *aux = found if isinstance(found, tuple) else (found,)
+        value = value + params.unit.astype(value.dtype)
+        return (value, *aux) if aux else value
 
     return loss
 
@@ -141,9 +146,14 @@ def optimizer_with_probes(
     ) -> tuple[WithProbes, Any]:
         _check("updates", updates)
         own = None if params is None else params.params
-        factors = capture.means_of(layout, updates.probes)
+        by = jnp.where(updates.unit != 0, updates.unit, 1)
+        factors = {
+            path: factor._replace(rows=factor.rows / by)
+            for path, factor in capture.means_of(layout, updates.probes).items()
+        }
         new, state = inner.update(updates.params, state, own, factors=factors, **extra_args)
-        return WithProbes(new, jax.tree.map(jnp.zeros_like, updates.probes)), state
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        return zeros._replace(params=new), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

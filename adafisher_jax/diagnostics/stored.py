@@ -39,8 +39,9 @@ def averages(opt_state: Any, layout: Layout) -> dict[str, Factor]:
       layout: the layout of the transformation.
 
     Returns:
-      The averages by layer path, as stored. Under a rule whose averages start at zero, `h`, `s` and
-      `mean` are all smaller than averages by one factor, which approaches 1 with the refreshes.
+      The averages by layer path, as stored. Under a rule whose averages start at zero, `h`, `s`,
+      `mean` and `rows` are all smaller than averages by one factor, which approaches 1 with the
+      refreshes.
 
     Raises:
       TypeError: if `layout` is no layout.

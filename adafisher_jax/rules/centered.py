@@ -32,7 +32,8 @@ class Centered(Rule):
         \hat H &= r(E[h^2] - \mu^2), \qquad \hat S = r(S), \qquad
         D = (\hat n_w - \mu \hat n_b^T)
             / \left((\hat H + \tau) \otimes (\hat S + \tau)\right)^{1/2} \\
-        d_w &= 0.2\, \min(1, 128/n)\, (D - E) / \mathrm{rms}(D - E), \qquad
+        d_w &= 0.2\, \min(1, 128/n)\, \min(1, N/N_0)^{1/2}\,
+            (D - E) / \mathrm{rms}(D - E), \qquad
         d_b = \hat n_b / \big((\hat S + \tau)^{1/2}\, \mathrm{rms}(g_b)\big) - \mu^T d_w
 
     `E` is the excess of the leading singular values (`adafisher_jax.spectrum`). `rms` is a running
@@ -46,11 +47,10 @@ class Centered(Rule):
     and large networks. It does not apply below 128, since a bottleneck is not a narrow network, nor
     to embeddings, since a lookup changes by its own row alone.
 
-    If a batch has fewer rows for a layer than :math:`r`, steps of its weight are smaller by
-    :math:`\sqrt{\mathrm{rows}/r}`. `r` is the geometric mean of the sides of `D`, or 64 if that is
-    less. The gradient of few rows is mostly noise, and of low rank, but a step of fixed root mean
-    square is as long as any. The root is the rule of arXiv:2205.10287 for noise. Rows are averaged
-    as factors are. Embeddings are left out again.
+    `N` is the number of rows in a batch, averaged as the factors are, and :math:`N_0` the geometric
+    mean of the sides of `D`, or 64 if that is less. The gradient of few rows is mostly noise, and
+    of low rank, but a step of fixed root mean square would be as long as that of many. The root is
+    the rule of arXiv:2205.10287 for noise. It does not apply to embeddings either.
 
     A batch whose `H` has more than ten times the sum of the averaged `H` counts as one with ten
     times the sum, its :math:`\mu` by the root of the same share, and so does one whose `S` has. So
@@ -70,7 +70,7 @@ class Centered(Rule):
     b2 = 0.99
     rms = 0.2
     widest = 128  # the longest shorter side of a weight whose steps have that root mean square
-    fewest = 64  # the rows in a batch that are enough for steps of that size, of any layer
+    fewest = 64  # so many rows in a batch are enough for steps of that size in every layer
     most = 10.0  # how many times the averages so far the statistics of one batch count
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
@@ -236,8 +236,8 @@ class Centered(Rule):
             return own
         slot = _mean(curvature.slot, layer.axes)
         rows = curvature.factor.rows.reshape(slot.shape) / jnp.where(slot > 0, slot, 1)
-        few = jnp.sqrt(jnp.minimum(rows / self.enough(layer), 1))
-        return own * jnp.where(rows > 0, few, 1)
+        share = jnp.minimum(rows / self.enough(layer), 1)
+        return own * jnp.sqrt(jnp.where(rows > 0, share, 1))
 
     def share(self, layer: Layer) -> float:
         """The size of the steps of a layer's weight, relative to a small layer's."""

@@ -53,7 +53,7 @@ LADDERS = {
     "width": {n: of_characters(width=n) for n in (32, 64, 128, 256, 512, 1024)},
     "depth": {n: of_characters(n) for n in (2, 4, 8, 16, 24)},
     "length": {n: of_characters(length=n) for n in (16, 64, 256)},
-    "longer": {n: of_characters(length=n, steps=480) for n in (16, 64, 256)},
+    "longer": {n: of_characters(length=n, steps=480) for n in (64, 256)},
     "mlp": {n: mlp(n) for n in (64, 128, 256, 512, 1024, 2048)},
     "nnx": {n: nnx_mlp(n) for n in (64, 256, 1024)},
     "batch": {n: mlp(256, n) for n in (16, 64, 256, 1024)},

@@ -8,8 +8,8 @@ of singular values, as a share of their mean, 0.01 otherwise. `whole`: all singu
 equal. `grafted`: each parameter's step is as long as NAdam's. `signed`: of each entry of a step its
 sign is left. `share=…`: from a side of 128 on, steps are smaller by the number
 of `inputs` of their weight, or by the `root` of its shorter side, or `equal`, or those of
-`embeddings` are smaller too. `rows=…`: steps are never smaller for few rows (`any`), or for fewer
-than 64 in all layers (`64`), or for fewer than the `shorter` side.
+`embeddings` are smaller too. `rows=…`: `any` number of rows is enough for steps of full size, or
+`64` are in all layers, or as many as the `shorter` side, or 64 if that is less.
 """
 
 import dataclasses

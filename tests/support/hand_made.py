@@ -67,7 +67,7 @@ def random_factor(rng, layer):
     mean = rng.normal(size=zeros.mean.shape)
     h = mean**2 + rng.exponential(size=mean.shape)
     s = rng.exponential(size=zeros.s.shape) * 1e-3
-    rows = 8.0 + 60 * np.arange(zeros.rows.size).reshape(zeros.rows.shape)
+    rows = np.ceil(10 * np.resize(h, zeros.rows.shape))
     return af.Factor(*(jnp.asarray(v) for v in (h, s, rows, mean)))
 
 

@@ -99,9 +99,8 @@ def loss_with_probes(loss_fn: Callable[..., Any], layout: Layout) -> Callable[..
         _check("params", params)
         probed, met = capture.probed(loss_fn, layout, params.params, args, kwargs)
         found = probed(params.params, {path: params.probes[path] for path in met})
-        value, *aux = found if isinstance(found, tuple) else (found,)
-        value = value + params.unit.astype(value.dtype)
-        return (value, *aux) if aux else value
+        (value, *others), structure = jax.tree.flatten(found)
+        return jax.tree.unflatten(structure, [_with_unit(value, params.unit), *others])
 
     return loss
 
@@ -156,6 +155,15 @@ def optimizer_with_probes(
         return zeros._replace(params=new), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@jax.custom_vjp
+def _with_unit(value: jax.Array, unit: jax.Array) -> jax.Array:
+    """The value. The gradient by `unit` is one, as that of a row is, even if the loss is scaled."""
+    return value
+
+
+_with_unit.defvjp(lambda value, unit: (value, jnp.ones_like(unit)), lambda one, g: (g, one))
 
 
 def _check(name: str, value: Any) -> None:

@@ -100,6 +100,28 @@ def test_a_loop_that_scales_all_gradients_leaves_the_factors_right(scale, proble
     )
 
 
+def test_a_loop_that_scales_the_loss_and_takes_it_back_counts_the_same_rows(problem):
+    params, x, layout = problem
+
+    def scaled(loss):
+        return lambda *args: jax.tree.map(
+            lambda g: g / 1024, jax.grad(lambda *args: 1024 * loss(*args)["loss"])(*args)
+        )
+
+    def as_metrics(params, x):
+        return {"loss": loss_fn(params, x)}
+
+    tx = optimizer(layout)
+    got = any_loop(
+        af.optimizer_with_probes(tx, layout),
+        af.loss_with_probes(as_metrics, layout),
+        af.add_probes(params, layout),
+        x,
+        grad=scaled,
+    )
+    close(got.params, by_hand(tx, layout, params, x), 1e-6)
+
+
 def test_a_loop_that_averages_over_devices(problem):
     params, x, layout = problem
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -45,6 +45,7 @@ from adafisher_jax.capture.origins import (
     stretched,
 )
 from adafisher_jax.capture.places import Place, bodies
+from adafisher_jax.capture.slices import SLICING, of_parts
 from adafisher_jax.tap import Operands, tap_p
 
 
@@ -159,6 +160,8 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
             outputs = [output]
         elif name in SUMS and any(x and x.is_output for x in operands):
             outputs = [add_to_output(stretched(operands, eqn), found)]
+        elif name in SLICING:
+            outputs = of_parts(eqn, operands[0], here.place)
         else:
             outputs = of_array_op(eqn, operands, is_number)
             if name not in ARRAY_OPS:

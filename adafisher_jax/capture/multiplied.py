@@ -45,6 +45,8 @@ def multiply(
     parameters = _parameters(operands[:2])
     both = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
     weights = {i: x for i, x in both.items() if x.source in known} if len(both) == 2 else both
+    if len(weights) != 1:  # of a stack, one slice may be a learned input, as a prompt is
+        weights = {i: x for i, x in both.items() if not x.indexed}
     if len(weights) == 1:
         ((i, weight),) = weights.items()
         linear = _read(eqn, i)

@@ -14,20 +14,27 @@ from adafisher_jax.capture.places import Place
 
 
 class Slice(NamedTuple):
-    """An axis, or a part of one, of which a loop or a `vmap` takes one slice at a time.
+    """An axis, or a part of one, of which the program takes one slice at a time.
 
     Attributes:
       axis: the axis of the source.
-      loop: the place of the scan that slices. If a `vmap` slices: the place of the mark, and the
-        level of the `vmap`.
+      place: the place of the equation that slices, as a scan. If a `vmap` slices: the place of the
+        mark, and the level of the `vmap`.
       inner: the distance between its neighbouring entries, along what slices before left.
       left: how many entries of the axis each slice still has.
+      number: the index of the slice if it is one alone (`w[2]`); None if a loop takes each.
     """
 
     axis: int
-    loop: Place
+    place: Place
     inner: int
     left: int
+    number: int | None = None
+
+    @property
+    def which(self) -> tuple[Place | int, int]:
+        """What is equal for the slices of a weight and of its bias, taken in whatever form."""
+        return (self.place if self.number is None else self.number), self.inner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +100,12 @@ class Origin:
         """The axes that the source does not have; one of length one may be one of many."""
         return tuple(i for i, axis in enumerate(self.axes) if not axis or pieces.repeated(axis))
 
-    def drop(self, axis: int, loop: Place) -> "Origin | None":
-        """Returns the origin of one slice along `axis`."""
+    @property
+    def indexed(self) -> bool:
+        return any(s.number is not None for s in self.sliced)
+
+    def drop(self, axis: int, place: Place, number: int | None = None) -> "Origin | None":
+        """Returns the origin of one slice along `axis`; see `Slice` for the other two."""
         if self.lost:
             return self
         gone = self.axes[axis]
@@ -108,7 +119,7 @@ class Origin:
         same = [p for axis in kept for p in axis if p.axis == piece.axis]
         left = math.prod(p.size for p in same)
         inner = math.prod(p.size for p in same if p.inner < piece.inner)
-        sliced = (*self.sliced, Slice(piece.axis, loop, inner, left))
+        sliced = (*self.sliced, Slice(piece.axis, place, inner, left, number))
         return dataclasses.replace(self, axes=kept, sliced=sliced)
 
 
@@ -116,12 +127,12 @@ Origins = list[Origin | None]
 
 COMPUTED = "no layer of a known kind uses it as it is"
 _TRANSFORMED = "transformed before its layer uses it"
-REARRANGED = "only a slice or a rearrangement of it reaches its layer"
+REARRANGED = "only a part or a rearrangement of it reaches its layer"
 _SAME = frozenset(
     "convert_element_type stop_gradient copy reduce_precision sharding_constraint "
     "optimization_barrier name pvary pcast mesh_cast reshard layout_constraint device_put".split()
 )
-_REARRANGING = frozenset("reshape squeeze slice dynamic_slice split rev broadcast_in_dim".split())
+_REARRANGING = frozenset("reshape squeeze dynamic_slice rev broadcast_in_dim".split())
 SUMS = frozenset("add add_any".split())
 _MOVING = SUMS | {"sub"}
 _MULTIPLYING = frozenset("mul div neg".split())

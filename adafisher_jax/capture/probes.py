@@ -2,8 +2,9 @@
 
 A probe lies beside a parameter and must go where the parameter goes: in slices through a scan,
 along the mapped axis of a `vmap`, whole through `jax.jit`, `jax.checkpoint`, branches and
-`shard_map`. So every program that uses a layer gets the layer's probe as further inputs. A mark
-with a probe becomes a tap. A product gets a tap on its output.
+`shard_map`. So every program that uses a layer gets the layer's probe as further inputs. Where one
+slice of the parameter is taken (`w[2]`), so is that of the probe. A mark with a probe becomes a
+tap. A product gets a tap on its output.
 """
 
 import functools
@@ -30,7 +31,7 @@ class Carrier(NamedTuple):
 
     Attributes:
       source: the position of the parameter among the program's inputs.
-      sliced: the axes that loops sliced away on the way. Axes that `vmap` took are not listed.
+      sliced: the axes that were sliced away on the way. Axes that `vmap` took are not listed.
     """
 
     source: int
@@ -38,7 +39,11 @@ class Carrier(NamedTuple):
 
     def within(self, depth: int) -> "Carrier":
         """Returns the carrier of the same parameter, `depth` programs deep."""
-        return Carrier(self.source, tuple(s for s in self.sliced if len(s.loop) <= depth))
+        return Carrier(self.source, tuple(s for s in self.sliced if len(s.place) <= depth))
+
+    def before(self, place: Place) -> "Carrier":
+        """Returns the carrier of the same parameter, without what an equation slices away."""
+        return Carrier(self.source, tuple(s for s in self.sliced if s.place != place))
 
 
 class Completion(NamedTuple):
@@ -102,6 +107,12 @@ class _Threading:
             for depth in range(1, len(place)):
                 eqn = (place[: depth - 1], place[depth - 1][0])
                 self.needed.setdefault(eqn, set()).add(completion.carrier.within(depth))
+        self.taken: dict[Place, set[Carrier]] = {}
+        for source, sliced in {completion.carrier for completion in completions.values()}:
+            for i, one in enumerate(sliced):
+                if one.number is not None:
+                    carrier = Carrier(source, sliced[: i + 1])
+                    self.taken.setdefault(one.place, set()).add(carrier)
 
     def program(
         self, jaxpr: core.Jaxpr, place: Place, avals: Mapping[Carrier, Sequence[Any]]
@@ -117,7 +128,12 @@ class _Threading:
                 eqns += self._entered(eqn, here, sorted(carriers), shadows)
             else:
                 eqns.append(eqn)
-        return jaxpr.replace(invars=[*jaxpr.invars, *_flat(shadows.values())], eqns=eqns)
+            for carrier in sorted(self.taken.get(here, ())):
+                whole = shadows[Carrier(carrier.source, carrier.sliced[:-1])]
+                shadows[carrier], moves = _one_slice(whole, carrier.sliced)
+                eqns += (new.replace(ctx=eqn.ctx) for new in moves)
+        invars = [*jaxpr.invars, *_flat(shadows[c] for c in avals)]
+        return jaxpr.replace(invars=invars, eqns=eqns)
 
     def _tapped(
         self, eqn: core.JaxprEqn, completion: Completion, shadows: Mapping[Carrier, Vars]
@@ -143,8 +159,8 @@ class _Threading:
         shadows: Mapping[Carrier, Vars],
     ) -> list[core.JaxprEqn]:
         """Returns the equation, changed to pass the carriers' probes to the programs in it."""
-        depth, name = len(here), eqn.primitive.name
-        outer = {c: shadows[c.within(depth - 1)] for c in carriers}
+        name = eqn.primitive.name
+        outer = {c: shadows[c.before(here)] for c in carriers}
         sliced = [c for c in carriers if c not in shadows]
         whole = [c for c in carriers if c in shadows]
         moves: list[core.JaxprEqn] = []
@@ -219,21 +235,32 @@ def _rank(probe: Vars) -> int:
 
 def _sliced_first(probe: Vars, sliced: tuple[Slice, ...]) -> tuple[Vars, list[core.JaxprEqn]]:
     """Returns the parts of a probe with what is sliced last as their first axis, and equations."""
+    return _applied(functools.partial(_first, sliced, _rank(probe)), probe)
+
+
+def _one_slice(probe: Vars, sliced: tuple[Slice, ...]) -> tuple[Vars, list[core.JaxprEqn]]:
+    """Returns the one slice of the parts of a probe that is taken last, and equations."""
+    rank, number = _rank(probe), sliced[-1].number
+    assert number is not None
+
+    def one(part: jax.Array) -> jax.Array:
+        return jax.lax.index_in_dim(_first(sliced, rank, part), number, keepdims=False)
+
+    return _applied(one, probe)
+
+
+def _first(sliced: tuple[Slice, ...], rank: int, part: jax.Array) -> jax.Array:
+    """Returns a part of a probe, of some rank, with what is sliced last as its first axis."""
     *before, last = sliced
     axis = last.axis - sum(s.axis < last.axis and s.left == 1 for s in before)
-    rank = _rank(probe)
-
-    def first(part: jax.Array) -> jax.Array:
-        if last.left == 1:
-            return jax.lax.transpose(part, [axis, *range(axis), *range(axis + 1, rank)])
-        outer, after = part.shape[:axis], part.shape[axis + 1 :]
-        size = part.shape[axis] // last.left
-        digits = last.left // last.inner, size, last.inner
-        split = jax.lax.reshape(part, (*outer, *digits, *after))
-        order = [axis + 1, *range(axis + 1), *range(axis + 2, rank + 2)]
-        return jax.lax.reshape(jax.lax.transpose(split, order), (size, *outer, last.left, *after))
-
-    return _applied(first, probe)
+    if last.left == 1:
+        return jax.lax.transpose(part, [axis, *range(axis), *range(axis + 1, rank)])
+    outer, after = part.shape[:axis], part.shape[axis + 1 :]
+    size = part.shape[axis] // last.left
+    digits = last.left // last.inner, size, last.inner
+    split = jax.lax.reshape(part, (*outer, *digits, *after))
+    order = [axis + 1, *range(axis + 1), *range(axis + 2, rank + 2)]
+    return jax.lax.reshape(jax.lax.transpose(split, order), (size, *outer, last.left, *after))
 
 
 def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprEqn]]:

@@ -22,7 +22,7 @@ W = jax.ShapeDtypeStruct((4, 3, 2), jnp.float32)  # the source 0: three axes to 
 X = jax.ShapeDtypeStruct((5,), jnp.float32)  # the source 1
 DENSE = statistics.dense(2)
 COMPUTED = "no layer of a known kind uses it as it is"
-REARRANGED = "only a slice or a rearrangement of it reaches its layer"
+REARRANGED = "only a part or a rearrangement of it reaches its layer"
 TRANSFORMED = "transformed before its layer uses it"
 
 
@@ -67,15 +67,15 @@ def lost(why, behind=frozenset({0}), **changes):
     return Origin(0, (), lost=why, behind=behind, **changes)
 
 
-def sliced(*gone):
+def sliced(*gone, **alone):
     """What is left of the source after slices along some of its axes."""
     kept = tuple(axis for axis in range(3) if axis not in gone)
-    return Origin(0, axes(*kept), tuple(Slice(axis, (), 1, 1) for axis in gone))
+    return Origin(0, axes(*kept), tuple(Slice(axis, (), 1, 1, **alone) for axis in gone))
 
 
 def without_places(origin):
     """The origin, but for where its slices were taken."""
-    return dataclasses.replace(origin, sliced=tuple(s._replace(loop=()) for s in origin.sliced))
+    return dataclasses.replace(origin, sliced=tuple(s._replace(place=()) for s in origin.sliced))
 
 
 @jax.custom_vjp
@@ -168,7 +168,7 @@ HANDED_ON = {
     ),
     # Split and merged axes.
     "reshape": (lambda w, x: used(w.reshape(12, 2)), reshaped(12, 2)),
-    "split": (lambda w, x: used(w.reshape(2, 2, 6)), reshaped(2, 2, 6)),
+    "split in two": (lambda w, x: used(w.reshape(2, 2, 6)), reshaped(2, 2, 6)),
     "reshaped back": (
         lambda w, x: used(w.reshape(12, 2).reshape(2, 6, 2).reshape(4, 3, 2)),
         whole(),
@@ -185,9 +185,30 @@ HANDED_ON = {
         lambda w, x: used(w[:, None]),
         Origin(0, ((Piece(0, 1, 4),), (), *axes(1, 2))),
     ),
+    # One slice alone.
+    "slice": (lambda w, x: used(w[1]), sliced(0, number=1)),
+    "slice from the end": (lambda w, x: used(w[:, -1]), sliced(1, number=2)),
+    "slice with its axis": (
+        lambda w, x: used(w[:, 1:2]),
+        dataclasses.replace(sliced(1, number=1), axes=((Piece(0, 1, 4),), (), (Piece(2, 1, 2),))),
+    ),
+    "slice of a slice": (lambda w, x: used(w[1, :, 1]), sliced(0, 2, number=1)),
+    "split": (lambda w, x: used(jnp.split(w, 4)[1].reshape(3, 2)), sliced(0, number=1)),
+    "unstack": (lambda w, x: used(jnp.unstack(w, axis=1)[2]), sliced(1, number=2)),
+    "slice of a part of an axis": (
+        lambda w, x: used(w.reshape(2, 2, 3, 2)[:, 1]),
+        Origin(0, ((Piece(0, 2, 2),), *axes(1, 2)), (Slice(0, (), 1, 2, 1),)),
+    ),
+    "all of it": (lambda w, x: used(lax.slice(w, (0, 0, 0), (4, 3, 2))), whole()),
     # What is no whole slice.
-    "slice": (lambda w, x: used(w[1]), lost(REARRANGED)),
-    "a part of an axis": (lambda w, x: used(w.reshape(2, 12)[0]), lost(REARRANGED)),
+    "several entries": (lambda w, x: used(w[1:3]), lost(REARRANGED)),
+    "every other entry": (lambda w, x: used(w[::2]), lost(REARRANGED)),
+    "in halves": (lambda w, x: used(jnp.split(w, 2)[0]), lost(REARRANGED)),
+    "a slice of merged axes": (lambda w, x: used(w.reshape(12, 2)[3]), lost(REARRANGED)),
+    "a slice of copies": (
+        lambda w, x: used(jnp.broadcast_to(w, (5, 4, 3, 2))[1]),
+        whole(),
+    ),
     "scan over a reshape": (
         lambda w, x: lax.scan(lambda c, w: (c + used(w), None), 0.0, w.reshape(12, 2))[0],
         lost(REARRANGED),
@@ -279,7 +300,7 @@ def test_what_is_computed_from_no_source_has_no_origin(how):
 
 
 def test_what_several_sources_are_behind_has_an_origin_without_one():
-    (found,) = origins(lambda w, x: used(w.transpose(0, 2, 1)[0, 0] + x[:3]))
+    (found,) = origins(lambda w, x: used(w.transpose(0, 2, 1)[0, 0, :2] + x[:2]))
     assert found == Origin(None, (), lost=REARRANGED, behind=frozenset({0, 1}))
 
 
@@ -339,7 +360,7 @@ def test_places_lead_to_the_marks_and_to_the_loops_that_slice():
     assert [equation(one.place).primitive.name for one in found] == ["adafisher_tap"] * 3
     assert len({one.place for one in found}) == 3
     (taken,) = found[0].origins[0].sliced
-    assert equation(taken.loop).primitive.name == "scan"
+    assert equation(taken.place).primitive.name == "scan"
 
 
 def test_a_slice_of_a_vmap_is_taken_at_the_mark_itself():
@@ -347,8 +368,8 @@ def test_a_slice_of_a_vmap_is_taken_at_the_mark_itself():
     (found,) = marks(lambda w, x: jax.vmap(jax.vmap(used), 1)(w))
     outer, inner = found.origins[0].sliced
     assert (outer.axis, inner.axis) == (1, 0)
-    assert all(taken.loop[: len(found.place)] == found.place for taken in (outer, inner))
-    assert outer.loop != inner.loop
+    assert all(taken.place[: len(found.place)] == found.place for taken in (outer, inner))
+    assert outer.place != inner.place
     assert found.axes == (axes(0, 1, 2),)
 
 

@@ -35,7 +35,7 @@ class Maker:
         if n != 1 or m != 1:
             kinds.append("convolution")
         if depth:
-            kinds += ["scan", "ensemble", "rows", "jit", "remat", "twice", "two", "beside"] * 2
+            kinds += [*"scan unrolled ensemble rows jit remat twice two beside".split()] * 2
         return getattr(self, self.rng.choice(kinds))(n, m, stack, depth)
 
     def biased(self, shape, weight, product, stack, add=lambda y, b: y + b):
@@ -188,6 +188,17 @@ class Maker:
             return rerun(mode, p["last"], y)
 
         return {"inner": inner, "last": last}, both
+
+    def unrolled(self, n, m, stack, depth):
+        """A loop of Python's over some of the layers, in any order."""
+        order = self.rng.integers(0, length := self.size(), self.size())
+        inner, run = self.block(n, m, (*stack, length), depth - 1)
+
+        def both(mode, p, x):
+            outs = [run(mode, mode.slice(p, 0, int(i)), x * (1 + i)) for i in order]
+            return functools.reduce(jnp.add, outs)
+
+        return inner, both
 
     def ensemble(self, n, m, stack, depth):
         inner, run = self.block(n, m, (*stack, self.size()), depth - 1)

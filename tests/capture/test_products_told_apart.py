@@ -17,7 +17,7 @@ from tests.support.every_rule import every_rule
 pytestmark = pytest.mark.usefixtures("numpy_rules")
 
 RNG = np.random.default_rng(3)
-REARRANGED = "only a slice or a rearrangement of it reaches its layer"
+REARRANGED = "only a part or a rearrangement of it reaches its layer"
 SPLIT = "an axis of it is split between inputs, outputs and loops"
 COMPUTED = "no layer of a known kind uses it as it is"
 TRANSFORMED = "transformed before its layer uses it"

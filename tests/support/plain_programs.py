@@ -66,6 +66,10 @@ class Running:
         """The last of `carry = fun(carry, slice of stacks, slice of data)`."""
         return jax.lax.scan(lambda c, xs: (fun(c, *xs), None), carry, (stacks, data))[0]
 
+    def slice(self, stacks, axis, i):
+        """One slice of each parameter."""
+        return jax.tree.map(lambda p: p[(slice(None),) * axis + (i,)], stacks)
+
     def vmap(self, fun, stacks, data, in_axes=(0, 0)):
         """`fun` of slices of parameters and of data; None for an argument that all share."""
         return jax.vmap(fun, in_axes)(stacks, data)
@@ -114,11 +118,14 @@ class Unrolled:
 
     remat = jit
 
+    def slice(self, stacks, axis, i):
+        return jax.tree.map(lambda h: h.slice(axis, i), stacks, is_leaf=_is_held)
+
     def scan(self, fun, carry, stacks, data=None):
         held = jax.tree.leaves(stacks, is_leaf=_is_held)
         first = held[0].value if held else jax.tree.leaves(data)[0]
         for i in range(len(first)):
-            carry = fun(carry, _sliced(stacks, 0, i), jax.tree.map(lambda d: d[i], data))
+            carry = fun(carry, self.slice(stacks, 0, i), jax.tree.map(lambda d: d[i], data))
         return carry
 
     def vmap(self, fun, stacks, data, in_axes=(0, 0)):
@@ -128,7 +135,7 @@ class Unrolled:
             size = jax.tree.leaves(stacks, is_leaf=_is_held)[0].value.shape[in_axes[0]]
         outs = []
         for i in range(size):
-            own = stacks if in_axes[0] is None else _sliced(stacks, in_axes[0], i)
+            own = stacks if in_axes[0] is None else self.slice(stacks, in_axes[0], i)
             row = (
                 data
                 if in_axes[1] is None
@@ -139,10 +146,6 @@ class Unrolled:
 
     def cond(self, index, branches, *args):
         return branches[int(index)](*args)
-
-
-def _sliced(stacks, axis, i):
-    return jax.tree.map(lambda h: h.slice(axis, i), stacks, is_leaf=_is_held)
 
 
 def _hold(params):

@@ -1,0 +1,189 @@
+"""Stacks of weights of which the program takes one slice after another by its number: `w[2]`."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import adafisher_jax as af
+from tests.support.every_rule import every_rule
+
+pytestmark = pytest.mark.usefixtures("numpy_rules", "x64")
+
+RNG = np.random.default_rng(8)
+X = RNG.normal(size=(5, 4))
+PARAMS = {"b": RNG.normal(size=(3, 4)), "w": RNG.normal(size=(3, 4, 4))}
+
+
+def layer(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"])
+
+
+def scanned(params, x):
+    return lax.scan(lambda x, p: (layer(p, x), None), x, params)[0]
+
+
+def in_turn(step):
+    """All slices of the parameters, one after another."""
+
+    def run(params, x):
+        for i in range(3):
+            x = step({"w": params["w"][i], "b": params["b"][i]}, x)
+        return x
+
+    return run
+
+
+def unstacked(params, x):
+    slices = zip(jnp.unstack(params["w"]), jnp.split(params["b"], 3), strict=True)
+    for w, (b,) in slices:
+        x = layer({"w": w, "b": b}, x)
+    return x
+
+
+def taken_inside(params, x):
+    """The called function takes the slice."""
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(params, x, i):
+        return layer(jax.tree.map(lambda p: p[i], params), x)
+
+    for i in range(3):
+        x = step(params, x, i)
+    return x
+
+
+def in_branches(params, x):
+    def step(p, x):
+        return lax.cond(jnp.sum(x) < 99, layer, lambda p, x: x, p, x)
+
+    return in_turn(step)(params, x)
+
+
+def by_flax(params, x):
+    def step(p, x):
+        return jnp.tanh(nn.Dense(4).apply({"params": {"kernel": p["w"], "bias": p["b"]}}, x))
+
+    return in_turn(step)(params, x)
+
+
+def in_a_loop(params, x):
+    """A slice, of which a loop takes slices, of which it takes slices."""
+
+    def step(x, p):
+        for i in range(3):
+            x = layer(jax.tree.map(lambda p, i=i: p[0, i], p), x)
+        return x, None
+
+    stacks = jax.tree.map(lambda p: p[None, None, None], params)
+    return lax.scan(step, x, jax.tree.map(lambda p: p[0], stacks))[0]
+
+
+RUNS = {
+    "as it is": in_turn(layer),
+    "jit of checkpoint": in_turn(jax.jit(jax.checkpoint(layer))),
+    "vmap": in_turn(jax.vmap(layer, (None, 0))),
+    "unstacked": unstacked,
+    "taken inside": taken_inside,
+    "in branches": in_branches,
+    "by Flax": by_flax,
+    "in a loop": in_a_loop,
+}
+
+
+def loss_of(run):
+    return lambda params, x: jnp.sum(jnp.sin(run(params, x))) / 5
+
+
+def captured(loss_fn, params, x):
+    layout = af.trace_layout(loss_fn, params, x)
+    return layout, jax.jit(af.value_and_grad(loss_fn, layout))(params, x)
+
+
+def assert_equal(found, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-14), found, wanted)
+
+
+@pytest.mark.parametrize("how", RUNS)
+def test_slices_taken_by_number_are_those_of_a_loop(how):
+    layout, found = captured(loss_of(RUNS[how]), PARAMS, X)
+    wanted_layout, wanted = captured(loss_of(scanned), PARAMS, X)
+    assert layout == wanted_layout
+    assert_equal(found, wanted)
+
+
+def test_a_slice_that_is_not_used_has_no_rows():
+    params = PARAMS | {"other": RNG.normal(size=(4, 4))}
+
+    def loss_fn(params, x):
+        y = layer({"w": params["w"][1], "b": params["b"][1]}, x)
+        return jnp.mean((y + layer({"w": params["w"][-1], "b": params["b"][-1]}, 2 * y)) ** 2)
+
+    _, (_, grads, factors) = captured(loss_fn, params, X)
+    (factor,) = factors.values()
+    np.testing.assert_array_equal(factor.rows, [0, 5, 5])
+    np.testing.assert_array_equal(factor.h[0], 0)
+    y = layer({"w": PARAMS["w"][1], "b": PARAMS["b"][1]}, X)
+    np.testing.assert_allclose(
+        factor.h[:, :, 0], [np.zeros(4), *(np.mean(x**2, 0) for x in (X, 2 * y))]
+    )
+    np.testing.assert_allclose(grads["w"][0], 0)
+
+
+def test_two_slices_may_share_an_input():
+    """One parameter holds the three maps of an attention."""
+
+    def loss_fn(params, x):
+        q, k, v = (x @ params["qkv"][:, i] for i in range(3))
+        return jnp.mean((jax.nn.softmax(q @ k.T) @ v) ** 2)
+
+    params = {"qkv": RNG.normal(size=(4, 3, 4))}
+    layout, (_, _, factors) = captured(loss_fn, params, X)
+    (one,) = layout.layers
+    assert one.axes == ("in0", "stack0", "out0")
+    (factor,) = factors.values()
+    np.testing.assert_allclose(factor.h[:, :, 0], np.repeat(np.mean(X**2, 0)[:, None], 3, 1))
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_the_bias_of_another_layer_is_none(number):
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["w"][1] + params["b"][number]) ** 2)
+
+    layout = af.trace_layout(loss_fn, PARAMS, X)
+    (one,) = layout.layers
+    assert one.bias is None
+    assert [row.leaf.path for row in layout.uncovered] == ["b"]
+
+
+def test_a_slice_of_what_is_learned_is_the_input_of_a_weight():
+    """Vectors that a weight multiplies, in a stack with a part for each layer."""
+
+    def loss_fn(params, x):
+        y = params["prompts"][1] @ params["w"]
+        return jnp.mean((x @ y.T) ** 2)
+
+    params = {"prompts": RNG.normal(size=(2, 3, 4)), "w": RNG.normal(size=(4, 4))}
+    layout, (_, _, factors) = captured(loss_fn, params, X)
+    assert [layer.leaves[0].path for layer in layout.layers] == ["w"]
+    np.testing.assert_allclose(factors[""].mean[:, 0], params["prompts"][1].mean(0))
+
+
+@every_rule
+def test_every_rule_steps_slices_as_the_slices_of_a_loop(rule):
+    def after(run):
+        loss_fn, params = loss_of(run), PARAMS
+        layout = af.trace_layout(loss_fn, params, X)
+        tx = af.adafisherw(1e-2, layout, rule=rule)
+        state = tx.init(params)
+        for _ in range(3):
+            _, grads, factors = af.value_and_grad(loss_fn, layout)(params, X)
+            updates, state = tx.update(grads, state, params, factors=factors)
+            params = jax.tree.map(jnp.add, params, updates)
+        return params
+
+    assert_equal(after(in_turn(layer)), after(scanned))

@@ -269,7 +269,7 @@ def _formed(probe: Vars, completion: Completion) -> tuple[Vars, list[core.JaxprE
     gone = {s.axis for s in carrier.sliced if s.left == 1}
     known = [i for i in range(_rank(probe) + len(gone)) if i not in gone]
     pieces = sorted((p for axis in axes for p in axis), key=lambda p: (p.axis, -p.inner))
-    if axes == [(p,) for p in pieces] and len(axes) == len(known):
+    if axes == [(p,) for p in pieces] and [p.axis for p in pieces] == known:
         return probe, []
 
     def formed(part: jax.Array) -> jax.Array:

@@ -149,6 +149,21 @@ def test_two_slices_may_share_an_input():
     np.testing.assert_allclose(factor.h[:, :, 0], np.repeat(np.mean(X**2, 0)[:, None], 3, 1))
 
 
+def test_a_stack_of_one_may_be_split_into_heads():
+    def loss_fn(params, x):
+        y = jnp.einsum("ni,ihk->nhk", x, params["w"][0].reshape(4, 2, 3))
+        return jnp.mean((y + params["b"][0].reshape(2, 3)) ** 2)
+
+    params = {"b": RNG.normal(size=(1, 6)), "w": RNG.normal(size=(1, 4, 6))}
+    layout, (_, grads, factors) = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    (factor,) = factors.values()
+    np.testing.assert_allclose(factor.h[0, :, 0], np.mean(X**2, 0))
+    residuals = 2 * (X @ params["w"][0] + params["b"][0]) / 30
+    np.testing.assert_allclose(factor.s[0, 0], np.mean(residuals**2, 0))
+    np.testing.assert_allclose(grads["w"][0], X.T @ residuals)
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_the_bias_of_another_layer_is_none(number):
     def loss_fn(params, x):

@@ -60,20 +60,22 @@ def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
         for i, var in enumerate(program.jaxpr.invars)
     ]
     weights: frozenset[Any] = frozenset()
+    last = False
     while True:
         found: Found = []
-        _follow(program.jaxpr, inputs, found, _Around((), (), False, weights))
-        more = _sources(found) - weights
-        if not more or not any(isinstance(x, Refusal) and x.why == OF_PARAMETERS for x in found):
+        _follow(program.jaxpr, inputs, found, _Around((), (), False, weights, last))
+        more = _weights(found) - weights
+        if last or not any(isinstance(x, Refusal) and x.why == OF_PARAMETERS for x in found):
             return found
         weights |= more  # what is the weight of a product of two parameters is known now
+        last = not more
 
 
-def _sources(found: Found) -> frozenset[Any]:
-    """Returns the positions of the parameters that layers and products have as weights."""
+def _weights(found: Found) -> frozenset[Any]:
+    """Returns which parameters, or slices of them, layers and products have as weights."""
     products = [x.weight for x in found if isinstance(x, Product)]
     marked = [one for x in found if isinstance(x, Mark) for one in x.origins if one]
-    return frozenset(x.source for x in (*products, *marked) if not x.frozen)
+    return frozenset((x.source, x.alone) for x in (*products, *marked) if not x.frozen)
 
 
 class _Around(NamedTuple):
@@ -83,13 +85,15 @@ class _Around(NamedTuple):
       place: the place of the equation that calls the program, and which of its bodies it is.
       inside: the primitives around the program.
       derived: whether products in the program are derived (see `Product`).
-      weights: the positions of the parameters that are known to be multiplied by data somewhere.
+      weights: which parameters, or slices of them, are known to be multiplied by data somewhere.
+      last: whether no more of them will be known.
     """
 
     place: Place
     inside: tuple[str, ...]
     derived: bool
     weights: frozenset[Any]
+    last: bool
 
     def at(self, index: int, eqn: core.JaxprEqn) -> "_Around":
         """Returns what is around the first body of an equation."""
@@ -98,7 +102,7 @@ class _Around(NamedTuple):
         scopes = str(eqn.source_info.name_stack)
         derived = self.derived or MARKED in scopes or "transpose(" in scopes
         place = (*self.place, (index, 0))
-        return _Around(place, (*self.inside, name), derived, self.weights)
+        return self._replace(place=place, inside=(*self.inside, name), derived=derived)
 
     def body(self, i: int) -> "_Around":
         """Returns what is around body `i` of the same equation."""
@@ -155,13 +159,13 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
         elif name in products.READERS:
             refuse_looked_up_weights(operands, found)
             of_use = here.place, around.inside, here.derived
-            uses, output = multiply(eqn, operands, around.weights, *of_use)
+            uses, output = multiply(eqn, operands, around.weights, around.last, *of_use)
             found += uses
             outputs = [output]
         elif name in SUMS and any(x and x.is_output for x in operands):
             outputs = [add_to_output(stretched(operands, eqn), found)]
         elif name in SLICING:
-            outputs = of_parts(eqn, operands[0], here.place)
+            outputs = of_parts(eqn, operands[0])
         else:
             outputs = of_array_op(eqn, operands, is_number)
             if name not in ARRAY_OPS:

@@ -27,6 +27,7 @@ def multiply(
     eqn: core.JaxprEqn,
     operands: Origins,
     known: frozenset[Any],
+    last: bool,
     place: Place,
     inside: tuple[str, ...],
     derived: bool,
@@ -36,17 +37,20 @@ def multiply(
     Args:
       eqn: the product, one of `products.READERS`.
       operands: the origins of its operands.
-      known: the positions of parameters that are multiplied by data. One of them is the weight of
-        another parameter.
+      known: which parameters, or slices of them, are multiplied by data: pairs of `source` and
+        `alone` of `Origin`. One of them is the weight of another parameter.
+      last: whether no more will be known. A slice alone then is an input, as of learned prompts.
       place: the place of the equation.
       inside: as in `Product`.
       derived: as in `Product`.
     """
     parameters = _parameters(operands[:2])
     both = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
-    weights = {i: x for i, x in both.items() if x.source in known} if len(both) == 2 else both
-    if len(weights) != 1:  # of a stack, one slice may be a learned input, as a prompt is
-        weights = {i: x for i, x in both.items() if not x.indexed}
+    weights = both
+    if len(both) == 2:
+        weights = {i: x for i, x in both.items() if (x.source, x.alone) in known}
+        if last and len(weights) != 1:
+            weights = {i: x for i, x in both.items() if not x.alone}
     if len(weights) == 1:
         ((i, weight),) = weights.items()
         linear = _read(eqn, i)

@@ -18,23 +18,16 @@ class Slice(NamedTuple):
 
     Attributes:
       axis: the axis of the source.
-      place: the place of the equation that slices, as a scan. If a `vmap` slices: the place of the
-        mark, and the level of the `vmap`.
+      by: the place of the scan that slices. If a `vmap` slices: the place of the mark, and the
+        level of the `vmap`. If one slice alone is taken (`w[2]`): its index.
       inner: the distance between its neighbouring entries, along what slices before left.
       left: how many entries of the axis each slice still has.
-      number: the index of the slice if it is one alone (`w[2]`); None if a loop takes each.
     """
 
     axis: int
-    place: Place
+    by: Place | int
     inner: int
     left: int
-    number: int | None = None
-
-    @property
-    def which(self) -> tuple[Place | int, int]:
-        """What is equal for the slices of a weight and of its bias, taken in whatever form."""
-        return (self.place if self.number is None else self.number), self.inner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +94,12 @@ class Origin:
         return tuple(i for i, axis in enumerate(self.axes) if not axis or pieces.repeated(axis))
 
     @property
-    def indexed(self) -> bool:
-        return any(s.number is not None for s in self.sliced)
+    def alone(self) -> tuple[int, ...]:
+        """The axes of which one slice alone was taken."""
+        return tuple(s.axis for s in self.sliced if isinstance(s.by, int))
 
-    def drop(self, axis: int, place: Place, number: int | None = None) -> "Origin | None":
-        """Returns the origin of one slice along `axis`; see `Slice` for the other two."""
+    def drop(self, axis: int, by: Place | int) -> "Origin | None":
+        """Returns the origin of one slice along `axis`; see `Slice` for `by`."""
         if self.lost:
             return self
         gone = self.axes[axis]
@@ -119,7 +113,7 @@ class Origin:
         same = [p for axis in kept for p in axis if p.axis == piece.axis]
         left = math.prod(p.size for p in same)
         inner = math.prod(p.size for p in same if p.inner < piece.inner)
-        sliced = (*self.sliced, Slice(piece.axis, place, inner, left, number))
+        sliced = (*self.sliced, Slice(piece.axis, by, inner, left))
         return dataclasses.replace(self, axes=kept, sliced=sliced)
 
 

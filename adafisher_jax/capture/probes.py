@@ -38,12 +38,19 @@ class Carrier(NamedTuple):
     sliced: tuple[Slice, ...]
 
     def within(self, depth: int) -> "Carrier":
-        """Returns the carrier of the same parameter, `depth` programs deep."""
-        return Carrier(self.source, tuple(s for s in self.sliced if len(s.place) <= depth))
+        """Returns the carrier that is handed to a program, `depth` programs deep.
 
-    def before(self, place: Place) -> "Carrier":
-        """Returns the carrier of the same parameter, without what an equation slices away."""
-        return Carrier(self.source, tuple(s for s in self.sliced if s.place != place))
+        Slices of loops are taken where the loops are. One alone is taken before the next of these,
+        or at the use.
+        """
+        loops = [isinstance(s.by, tuple) and len(s.by) <= depth for s in self.sliced]
+        taken = max((i + 1 for i, here in enumerate(loops) if here), default=0)
+        return Carrier(self.source, self.sliced[:taken])
+
+    @property
+    def whole(self) -> "Carrier":
+        """The carrier before what is sliced away last."""
+        return Carrier(self.source, self.sliced[:-1])
 
 
 class Completion(NamedTuple):
@@ -102,17 +109,11 @@ class _Threading:
         self.completions = completions
         self.statistic = statistic
         self.conditional = conditional
-        self.needed: dict[tuple[Place, int], set[Carrier]] = {}
+        self.needed: dict[tuple[Place, int], dict[Carrier, None]] = {}  # in order
         for place, completion in completions.items():
             for depth in range(1, len(place)):
                 eqn = (place[: depth - 1], place[depth - 1][0])
-                self.needed.setdefault(eqn, set()).add(completion.carrier.within(depth))
-        self.taken: dict[Place, set[Carrier]] = {}
-        for source, sliced in {completion.carrier for completion in completions.values()}:
-            for i, one in enumerate(sliced):
-                if one.number is not None:
-                    carrier = Carrier(source, sliced[: i + 1])
-                    self.taken.setdefault(one.place, set()).add(carrier)
+                self.needed.setdefault(eqn, {})[completion.carrier.within(depth)] = None
 
     def program(
         self, jaxpr: core.Jaxpr, place: Place, avals: Mapping[Carrier, Sequence[Any]]
@@ -125,20 +126,17 @@ class _Threading:
             if here in self.completions:
                 eqns += self._tapped(eqn, self.completions[here], shadows)
             elif carriers := self.needed.get((place, index)):
-                eqns += self._entered(eqn, here, sorted(carriers), shadows)
+                eqns += self._entered(eqn, here, [*carriers], shadows)
             else:
                 eqns.append(eqn)
-            for carrier in sorted(self.taken.get(here, ())):
-                whole = shadows[Carrier(carrier.source, carrier.sliced[:-1])]
-                shadows[carrier], moves = _one_slice(whole, carrier.sliced)
-                eqns += (new.replace(ctx=eqn.ctx) for new in moves)
         invars = [*jaxpr.invars, *_flat(shadows[c] for c in avals)]
         return jaxpr.replace(invars=invars, eqns=eqns)
 
     def _tapped(
-        self, eqn: core.JaxprEqn, completion: Completion, shadows: Mapping[Carrier, Vars]
+        self, eqn: core.JaxprEqn, completion: Completion, shadows: dict[Carrier, Vars]
     ) -> list[core.JaxprEqn]:
         """Returns the tap, after equations that give the probe the form of the parameter."""
+        slices = _take(completion.carrier, shadows)
         probe, moves = _formed(shadows[completion.carrier], completion)
         if completion.linear is not None:
             product, tap = _on_output(eqn, completion.linear, probe)
@@ -149,23 +147,27 @@ class _Threading:
             "conditional": self.conditional,
         }
         tap = tap.replace(params={**tap.params, **own})
-        return [*product, *(new.replace(ctx=eqn.ctx) for new in (*moves, tap))]  # on its mesh
+        return [
+            *product,
+            *(new.replace(ctx=eqn.ctx) for new in (*slices, *moves, tap)),
+        ]  # on its mesh
 
     def _entered(
         self,
         eqn: core.JaxprEqn,
         here: Place,
         carriers: list[Carrier],
-        shadows: Mapping[Carrier, Vars],
+        shadows: dict[Carrier, Vars],
     ) -> list[core.JaxprEqn]:
         """Returns the equation, changed to pass the carriers' probes to the programs in it."""
         name = eqn.primitive.name
-        outer = {c: shadows[c.before(here)] for c in carriers}
-        sliced = [c for c in carriers if c not in shadows]
-        whole = [c for c in carriers if c in shadows]
+        sliced = [c for c in carriers if c.sliced and c.sliced[-1].by == here]
+        whole = [c for c in carriers if c not in sliced]
+        outer = {c: shadows[c] for c in whole}
         moves: list[core.JaxprEqn] = []
         for carrier in sliced:
-            outer[carrier], moved = _sliced_first(outer[carrier], carrier.sliced)
+            moves += _take(carrier.whole, shadows)
+            outer[carrier], moved = _sliced_first(shadows[carrier.whole], carrier.sliced)
             moves += moved
         avals = {c: [var.aval for var in outer[c]] for c in whole}
         if name == "shard_map":
@@ -238,15 +240,20 @@ def _sliced_first(probe: Vars, sliced: tuple[Slice, ...]) -> tuple[Vars, list[co
     return _applied(functools.partial(_first, sliced, _rank(probe)), probe)
 
 
-def _one_slice(probe: Vars, sliced: tuple[Slice, ...]) -> tuple[Vars, list[core.JaxprEqn]]:
-    """Returns the one slice of the parts of a probe that is taken last, and equations."""
-    rank, number = _rank(probe), sliced[-1].number
-    assert number is not None
+def _take(carrier: Carrier, shadows: dict[Carrier, Vars]) -> list[core.JaxprEqn]:
+    """Adds the probe of a carrier with slices taken alone to `shadows`; returns the equations."""
+    if carrier in shadows:
+        return []
+    before = _take(carrier.whole, shadows)
+    probe, index = shadows[carrier.whole], carrier.sliced[-1].by
+    assert isinstance(index, int)
+    rank = _rank(probe)
 
     def one(part: jax.Array) -> jax.Array:
-        return jax.lax.index_in_dim(_first(sliced, rank, part), number, keepdims=False)
+        return jax.lax.index_in_dim(_first(carrier.sliced, rank, part), index, keepdims=False)
 
-    return _applied(one, probe)
+    shadows[carrier], eqns = _applied(one, probe)
+    return [*before, *eqns]
 
 
 def _first(sliced: tuple[Slice, ...], rank: int, part: jax.Array) -> jax.Array:
@@ -295,16 +302,15 @@ def _applied(
     function: Callable[[jax.Array], jax.Array], probe: Vars
 ) -> tuple[Vars, list[core.JaxprEqn]]:
     """Returns the parts of a probe after a function, and the equations of the function."""
-    found, eqns = [], []
-    for var in probe:
-        program = jax.make_jaxpr(function)(var.aval).jaxpr
-        new = {program.invars[0]: var}
-        for eqn in program.eqns:
-            new |= {out: core.Var(out.aval) for out in eqn.outvars}
-            invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))
-            eqns.append(eqn.replace(invars=invars, outvars=outvars))
-        found.append(new[program.outvars[0]])
-    return found, eqns
+    of_all = jax.make_jaxpr(lambda *parts: [function(part) for part in parts])
+    program = of_all(*(var.aval for var in probe)).jaxpr
+    new = dict(zip(program.invars, probe, strict=True))
+    eqns = []
+    for eqn in program.eqns:
+        new |= {out: core.Var(out.aval) for out in eqn.outvars}
+        invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))
+        eqns.append(eqn.replace(invars=invars, outvars=outvars))
+    return [new[v] for v in program.outvars], eqns
 
 
 def _slices(avals: Sequence[Any]) -> list[Any]:

@@ -7,19 +7,18 @@ from typing import Any
 from jax.extend import core
 
 from adafisher_jax.capture.origins import REARRANGED, Origin, Origins, computed_from
-from adafisher_jax.capture.places import Place
 
 SLICING = frozenset("slice split unstack".split())
 
 
-def of_parts(eqn: core.JaxprEqn, x: Origin | None, place: Place) -> Origins:
+def of_parts(eqn: core.JaxprEqn, x: Origin | None) -> Origins:
     """Returns the origins of the parts of an array that an equation takes.
 
     A part of a parameter has one entry of an axis or all of them; any other part is lost.
     """
     if x is None or not x.is_parameter:
         return [computed_from([x], REARRANGED)] * len(eqn.outvars)
-    return [_part(x, eqn, entries, place) for entries in _entries(eqn)]
+    return [_part(x, eqn, entries) for entries in _entries(eqn)]
 
 
 def _entries(eqn: core.JaxprEqn) -> list[list[range]]:
@@ -36,7 +35,7 @@ def _entries(eqn: core.JaxprEqn) -> list[list[range]]:
     ]
 
 
-def _part(x: Origin, eqn: core.JaxprEqn, entries: list[range], place: Place) -> Origin | None:
+def _part(x: Origin, eqn: core.JaxprEqn, entries: list[range]) -> Origin | None:
     part: Origin | None = x
     axes = [*x.axes]
     gone = 0
@@ -45,7 +44,7 @@ def _part(x: Origin, eqn: core.JaxprEqn, entries: list[range], place: Place) -> 
             continue
         if len(own) != 1 or part is None:
             return computed_from([x], REARRANGED)
-        part = part.drop(axis - gone, place, own[0])
+        part = part.drop(axis - gone, own[0])
         axes[axis], gone = (), gone + 1
     if eqn.primitive.name == "unstack":
         del axes[eqn.params["axis"]]

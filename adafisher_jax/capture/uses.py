@@ -152,7 +152,7 @@ class _Reader:
         if use.weight and (computed := mark.origins[0]) and computed.lost:
             self.problems |= dict.fromkeys(computed.behind, computed.lost)
         problems = [p.problem for p in parameters.values() if p.problem]
-        if len({_slices(p.origin) for p in parameters.values()}) > 1:
+        if len({*map(_stacked, parameters.values())}) > 1:
             problems.append("stacked unlike the layer's other parameter")
         if problems:
             self.problems.update(dict.fromkeys(positions, problems[0]))
@@ -353,14 +353,17 @@ def _attends(layer: Layer) -> bool:
     return layer.kind == "attend" or (layer.kind == "dense" and layer.axes == ("out0", "in0"))
 
 
-def _slices(origin: Origin) -> tuple[tuple[Place | int, int], ...]:
-    return tuple(s.which for s in origin.sliced)
+def _stacked(parameter: _Parameter) -> tuple[tuple[Any, int, int], ...]:
+    """How a parameter is stacked, and which of its slices is used."""
+    shape = parameter.leaf.shape
+    return tuple((s.by, s.inner, shape[s.axis]) for s in parameter.origin.sliced)
 
 
 def _carrier(origin: Origin, place: Place) -> Carrier:
     """Returns the carrier of the parameter with `origin` at a place."""
     assert isinstance(origin.source, int)
-    return Carrier(origin.source, origin.sliced).within(len(place))
+    here = [s for s in origin.sliced if isinstance(s.by, int) or len(s.by) < len(place)]
+    return Carrier(origin.source, tuple(here))
 
 
 def _holder(path: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -67,15 +67,19 @@ def lost(why, behind=frozenset({0}), **changes):
     return Origin(0, (), lost=why, behind=behind, **changes)
 
 
-def sliced(*gone, **alone):
+def sliced(*gone, by=()):
     """What is left of the source after slices along some of its axes."""
     kept = tuple(axis for axis in range(3) if axis not in gone)
-    return Origin(0, axes(*kept), tuple(Slice(axis, (), 1, 1, **alone) for axis in gone))
+    return Origin(0, axes(*kept), tuple(Slice(axis, by, 1, 1) for axis in gone))
 
 
 def without_places(origin):
     """The origin, but for where its slices were taken."""
-    return dataclasses.replace(origin, sliced=tuple(s._replace(place=()) for s in origin.sliced))
+
+    def without(one):
+        return one if isinstance(one.by, int) else one._replace(by=())
+
+    return dataclasses.replace(origin, sliced=tuple(map(without, origin.sliced)))
 
 
 @jax.custom_vjp
@@ -186,18 +190,18 @@ HANDED_ON = {
         Origin(0, ((Piece(0, 1, 4),), (), *axes(1, 2))),
     ),
     # One slice alone.
-    "slice": (lambda w, x: used(w[1]), sliced(0, number=1)),
-    "slice from the end": (lambda w, x: used(w[:, -1]), sliced(1, number=2)),
+    "slice": (lambda w, x: used(w[1]), sliced(0, by=1)),
+    "slice from the end": (lambda w, x: used(w[:, -1]), sliced(1, by=2)),
     "slice with its axis": (
         lambda w, x: used(w[:, 1:2]),
-        dataclasses.replace(sliced(1, number=1), axes=((Piece(0, 1, 4),), (), (Piece(2, 1, 2),))),
+        dataclasses.replace(sliced(1, by=1), axes=((Piece(0, 1, 4),), (), (Piece(2, 1, 2),))),
     ),
-    "slice of a slice": (lambda w, x: used(w[1, :, 1]), sliced(0, 2, number=1)),
-    "split": (lambda w, x: used(jnp.split(w, 4)[1].reshape(3, 2)), sliced(0, number=1)),
-    "unstack": (lambda w, x: used(jnp.unstack(w, axis=1)[2]), sliced(1, number=2)),
+    "slice of a slice": (lambda w, x: used(w[1, :, 1]), sliced(0, 2, by=1)),
+    "split": (lambda w, x: used(jnp.split(w, 4)[1].reshape(3, 2)), sliced(0, by=1)),
+    "unstack": (lambda w, x: used(jnp.unstack(w, axis=1)[2]), sliced(1, by=2)),
     "slice of a part of an axis": (
         lambda w, x: used(w.reshape(2, 2, 3, 2)[:, 1]),
-        Origin(0, ((Piece(0, 2, 2),), *axes(1, 2)), (Slice(0, (), 1, 2, 1),)),
+        Origin(0, ((Piece(0, 2, 2),), *axes(1, 2)), (Slice(0, 1, 1, 2),)),
     ),
     "all of it": (lambda w, x: used(lax.slice(w, (0, 0, 0), (4, 3, 2))), whole()),
     # What is no whole slice.
@@ -360,7 +364,7 @@ def test_places_lead_to_the_marks_and_to_the_loops_that_slice():
     assert [equation(one.place).primitive.name for one in found] == ["adafisher_tap"] * 3
     assert len({one.place for one in found}) == 3
     (taken,) = found[0].origins[0].sliced
-    assert equation(taken.place).primitive.name == "scan"
+    assert equation(taken.by).primitive.name == "scan"
 
 
 def test_a_slice_of_a_vmap_is_taken_at_the_mark_itself():
@@ -368,8 +372,8 @@ def test_a_slice_of_a_vmap_is_taken_at_the_mark_itself():
     (found,) = marks(lambda w, x: jax.vmap(jax.vmap(used), 1)(w))
     outer, inner = found.origins[0].sliced
     assert (outer.axis, inner.axis) == (1, 0)
-    assert all(taken.place[: len(found.place)] == found.place for taken in (outer, inner))
-    assert outer.place != inner.place
+    assert all(taken.by[: len(found.place)] == found.place for taken in (outer, inner))
+    assert outer.by != inner.by
     assert found.axes == (axes(0, 1, 2),)
 
 

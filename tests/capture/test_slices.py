@@ -71,6 +71,14 @@ def by_flax(params, x):
     return in_turn(step)(params, x)
 
 
+def handed_out(params, x):
+    """A function that is called returns the slice, and another uses it."""
+    take = jax.jit(lambda params, i: jax.tree.map(lambda p: p[i], params), static_argnums=1)
+    for i in range(3):
+        x = jax.jit(layer)(take(params, i), x)
+    return x
+
+
 def in_a_loop(params, x):
     """A slice, of which a loop takes slices, of which it takes slices."""
 
@@ -90,6 +98,7 @@ RUNS = {
     "unstacked": unstacked,
     "taken inside": taken_inside,
     "in branches": in_branches,
+    "handed out": handed_out,
     "by Flax": by_flax,
     "in a loop": in_a_loop,
 }
@@ -186,6 +195,63 @@ def test_a_slice_of_what_is_learned_is_the_input_of_a_weight():
     layout, (_, _, factors) = captured(loss_fn, params, X)
     assert [layer.leaves[0].path for layer in layout.layers] == ["w"]
     np.testing.assert_allclose(factors[""].mean[:, 0], params["prompts"][1].mean(0))
+
+
+def test_a_slice_that_a_gradient_inside_the_loss_hands_on():
+    def loss_fn(params, x):
+        energy = jax.jit(lambda x: jnp.sum(x @ params["w"][1]))
+        return jnp.sum(jax.grad(energy)(x) ** 2)
+
+    params = {"w": PARAMS["w"]}
+    layout, (_, grads, factors) = captured(loss_fn, params, X)
+    assert layout.covered == 1
+    np.testing.assert_allclose(grads["w"][1], 10 * np.repeat(params["w"][1].sum(1)[:, None], 4, 1))
+    (factor,) = factors.values()
+    np.testing.assert_array_equal(factor.rows > 0, [False, True, False])
+
+
+def test_what_is_learned_is_the_input_of_slices_that_data_meet_elsewhere():
+    """A state that the first step of an unrolled recurrence starts from."""
+
+    def run(params, slices, x):
+        state = params["state"]
+        for row in x:
+            for w in slices:
+                state = jnp.tanh(state @ w + row)
+        return jnp.sum(jnp.sin(state)) / 5
+
+    params = {"state": RNG.normal(size=4), "w": PARAMS["w"]}
+    layout, found = captured(lambda p, x: run(p, [p["w"][i] for i in range(3)], x), params, X)
+    apart = params | {"w": [*params["w"]]}
+    _, wanted = captured(lambda p, x: run(p, p["w"], x), apart, X)
+    assert [row.leaf.path for row in layout.uncovered] == ["state"]
+    stacked = jax.tree.map(
+        lambda *parts: jnp.stack(parts), *(wanted[2][f"w/{i}"] for i in range(3))
+    )
+    assert_equal(found[2], {"": stacked})
+
+
+def test_a_row_of_a_table_is_the_input_of_another_weight():
+    def loss_fn(params, ids):
+        return jnp.mean((params["table"][ids] + params["table"][0] @ params["w"]) ** 2)
+
+    params = {"table": RNG.normal(size=(6, 4)), "w": PARAMS["w"][0]}
+    layout, (_, _, factors) = captured(loss_fn, params, jnp.array([1, 2, 2]))
+    assert {layer.path: layer.kind for layer in layout.layers} == {
+        "table": "embedding",
+        "w": "dense",
+    }
+    np.testing.assert_allclose(factors["w"].mean[:, 0], params["table"][0])
+
+
+@pytest.mark.parametrize("more", PARAMS)
+def test_a_layer_with_stacks_of_two_lengths_is_listed(more):
+    def loss_fn(params, x):
+        return jnp.mean(by_flax({"w": params["w"], "b": params["b"]}, x) ** 2)
+
+    params = PARAMS | {more: RNG.normal(size=(4, *PARAMS[more].shape[1:]))}
+    reasons = {row.reason for row in af.trace_layout(loss_fn, params, X).uncovered}
+    assert reasons == {"stacked unlike the layer's other parameter"}
 
 
 @every_rule

@@ -226,7 +226,7 @@ def test_uncovered_parameters_say_why():
         return jnp.mean(nn.Dense(4).apply({"params": {"kernel": p["w"][:3], "bias": p["b"]}}, x))
 
     reasons = {row.leaf.path: row.reason for row in af.trace_layout(sliced, table, x).uncovered}
-    assert "slice or a rearrangement" in reasons["w"]
+    assert "part or a rearrangement" in reasons["w"]
     assert reasons["b"] == reasons["w"]  # a layer is covered as a whole
     assert "no layer" in reasons["spare"]
 

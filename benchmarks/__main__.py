@@ -104,7 +104,10 @@ def measure(name, only, options, out):
         print(f"{name}: no row's name contains {only!r}: {'; '.join(order)}")
         return 0
     under = report.circumstances(getattr(suite, "PACKAGES", []), options.quick)
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    anywhere = argparse.ArgumentParser(add_help=False)
+    anywhere.add_argument("--out")  # says nothing of what was measured
+    _, words = anywhere.parse_known_args()
+    command = shlex.join(["python", "-m", "benchmarks", *words])
     path = out / f"{name}.json"
     try:
         rows = {row["name"]: row for row in (report.stored(path, under) if only else [])}

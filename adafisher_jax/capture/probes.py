@@ -48,7 +48,7 @@ class Carrier(NamedTuple):
         return Carrier(self.source, self.sliced[:taken])
 
     @property
-    def whole(self) -> "Carrier":
+    def before(self) -> "Carrier":
         """The carrier before what is sliced away last."""
         return Carrier(self.source, self.sliced[:-1])
 
@@ -147,10 +147,8 @@ class _Threading:
             "conditional": self.conditional,
         }
         tap = tap.replace(params={**tap.params, **own})
-        return [
-            *product,
-            *(new.replace(ctx=eqn.ctx) for new in (*slices, *moves, tap)),
-        ]  # on its mesh
+        added = (*slices, *moves, tap)
+        return [*product, *(new.replace(ctx=eqn.ctx) for new in added)]  # on its mesh
 
     def _entered(
         self,
@@ -166,8 +164,8 @@ class _Threading:
         outer = {c: shadows[c] for c in whole}
         moves: list[core.JaxprEqn] = []
         for carrier in sliced:
-            moves += _take(carrier.whole, shadows)
-            outer[carrier], moved = _sliced_first(shadows[carrier.whole], carrier.sliced)
+            moves += _take(carrier.before, shadows)
+            outer[carrier], moved = _sliced_first(shadows[carrier.before], carrier.sliced)
             moves += moved
         avals = {c: [var.aval for var in outer[c]] for c in whole}
         if name == "shard_map":
@@ -244,8 +242,8 @@ def _take(carrier: Carrier, shadows: dict[Carrier, Vars]) -> list[core.JaxprEqn]
     """Adds the probe of a carrier with slices taken alone to `shadows`; returns the equations."""
     if carrier in shadows:
         return []
-    before = _take(carrier.whole, shadows)
-    probe, index = shadows[carrier.whole], carrier.sliced[-1].by
+    before = _take(carrier.before, shadows)
+    probe, index = shadows[carrier.before], carrier.sliced[-1].by
     assert isinstance(index, int)
     rank = _rank(probe)
 

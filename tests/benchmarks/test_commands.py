@@ -33,6 +33,9 @@ def test_a_suite_stores_its_rows_and_keeps_those_not_run_again(tmp_path):
         "wide_mlp, adafisher:official, kept",
     ]
     assert (tmp_path / "update.png").stat().st_size > 0
+    command = json.loads((tmp_path / "update.json").read_text())["command"]
+    last = "'wide_mlp, adafisher:official, kept'"
+    assert command == f"python -m benchmarks update --quick --rounds 1 --only {last}"
 
 
 def test_a_row_that_is_not_there_is_told(tmp_path):

@@ -63,9 +63,7 @@ def multiply(
             axes = tuple(weight.axes[j] for j in linear.outputs)
             operands[i] = dataclasses.replace(weight, axes=axes)
             return [], combined(operands, scaled=True)
-        linear, axes = products.without_copies(
-            products.keep_apart(linear, weight.axes), weight.axes
-        )
+        linear, axes = products.without_copies(linear, weight.axes)
         weight = dataclasses.replace(weight, axes=axes)
         aval: Any = eqn.outvars[0].aval
         output = Origin(place, pieces.whole(aval.shape), frozen=weight.frozen)

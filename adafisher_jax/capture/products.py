@@ -7,7 +7,7 @@ numbers of the equation become the letters of a `statistics.Contraction`, or the
 
 import dataclasses
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 from jax.extend import core
 
 from adafisher_jax import statistics
-from adafisher_jax.capture.origins import REARRANGED
+from adafisher_jax.capture.origins import REARRANGED, Origin
 from adafisher_jax.capture.pieces import Axes
 from adafisher_jax.statistics import Contraction
 from adafisher_jax.windows import Window
@@ -99,23 +99,26 @@ def _conv_general_dilated(eqn: core.JaxprEqn, weight: int) -> Linear | str:
     return Linear("conv", statistic, (0,), outputs, groups)
 
 
-def keep_apart(linear: Linear, weight: Axes) -> Linear:
+def keep_apart(linear: Linear, weight: Origin, shape: Sequence[int]) -> Linear:
     """Splits a grouped convolution into layers if its kernel has an axis for groups alone.
 
     `vmap` over a stack of kernels makes such a convolution.
 
     Args:
       linear: any linear map; one without groups is returned unchanged.
-      weight: the axes of the kernel in terms of the whole parameter's.
+      weight: the kernel's origin.
+      shape: of the whole parameter. If each kernel of a stack has one output, that axis is gone.
     """
     if linear.groups == 1:
         return linear
     (out,) = (i for i in linear.outputs if i is not None)
-    *leading, _ = weight[out]
+    seen = {piece.axis for axis in weight.axes for piece in axis} | {s.axis for s in weight.sliced}
+    gone = any(n == 1 and i not in seen for i, n in enumerate(shape))
+    leading = weight.axes[out] if gone else weight.axes[out][:-1]
     apart = before = 1
     for i, piece in enumerate(leading, 1):
         before *= piece.size
-        if linear.groups % before == 0 and all(p.axis != piece.axis for p in weight[out][i:]):
+        if linear.groups % before == 0 and all(p.axis != piece.axis for p in weight.axes[out][i:]):
             apart = before
     statistic = dataclasses.replace(linear.statistic.layer, apart=apart)
     statistic = dataclasses.replace(linear.statistic, layer=statistic)

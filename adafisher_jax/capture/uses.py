@@ -21,6 +21,7 @@ from adafisher_jax.capture.found import (
 from adafisher_jax.capture.origins import COMPUTED, REARRANGED, Origin
 from adafisher_jax.capture.places import Place
 from adafisher_jax.capture.probes import ENTERED, Carrier, Completion
+from adafisher_jax.capture.products import keep_apart
 from adafisher_jax.capture.roles import named_axes, source_axes
 from adafisher_jax.factors import Axes
 from adafisher_jax.layout import Layer, Layout, Leaf, Uncovered
@@ -180,6 +181,7 @@ class _Reader:
         if origin.frozen and (origin.mixed or origin.multiplied):
             return
         names, array = self.named[origin.source]
+        linear = keep_apart(linear, origin, jnp.shape(array))
         problem = _problem(product.inside, origin)
         inner = linear.statistic.weight_axes
         axes = None if problem else source_axes(inner, origin, array.ndim, linear.apart)

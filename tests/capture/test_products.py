@@ -715,6 +715,11 @@ COMPOSED = {
         {"w": real(3, 3, 4, 2), "b": real(3, 2)},
         real(3, 2, 7, 4),
     ),
+    "ensemble of convolutions with one output": (
+        ensemble_of_convolutions,
+        {"w": real(3, 3, 4, 1), "b": real(3, 1)},
+        real(3, 2, 7, 4),
+    ),
     "ensemble of convolutions, one input": (
         ensemble_of_convolutions_of_one_input,
         {"w": real(3, 3, 4, 2), "b": real(3, 2)},

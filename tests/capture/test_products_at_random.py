@@ -20,6 +20,8 @@ class Maker:
     at a time.
     """
 
+    around = ("scan", "ensemble", "rows", "jit", "remat", "twice", "two", "beside")
+
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
 
@@ -35,7 +37,7 @@ class Maker:
         if n != 1 or m != 1:
             kinds.append("convolution")
         if depth:
-            kinds += [*"scan unrolled ensemble rows jit remat twice two beside".split()] * 2
+            kinds += [*self.around, *self.around]
         return getattr(self, self.rng.choice(kinds))(n, m, stack, depth)
 
     def biased(self, shape, weight, product, stack, add=lambda y, b: y + b):
@@ -189,17 +191,6 @@ class Maker:
 
         return {"inner": inner, "last": last}, both
 
-    def unrolled(self, n, m, stack, depth):
-        """A loop of Python's over some of the layers, in any order."""
-        order = self.rng.integers(0, length := self.size(), self.size())
-        inner, run = self.block(n, m, (*stack, length), depth - 1)
-
-        def both(mode, p, x):
-            outs = [run(mode, mode.slice(p, 0, int(i)), x * (1 + i)) for i in order]
-            return functools.reduce(jnp.add, outs)
-
-        return inner, both
-
     def ensemble(self, n, m, stack, depth):
         inner, run = self.block(n, m, (*stack, self.size()), depth - 1)
         if self.rng.random() < 0.5:
@@ -264,6 +255,30 @@ class Maker:
         return (first, second), both
 
 
+class Unrolling(Maker):
+    """Makes loops of Python's too."""
+
+    around = (*Maker.around, "unrolled", "unrolled")
+
+    def convolution(self, n, m, stack, depth):
+        """With several outputs in each group.
+
+        One in each, in an ensemble with shared inputs, is as well a stack along the groups.
+        """
+        return super().convolution(n, m, stack, depth) if m > 2 else self.plain(n, m, stack, depth)
+
+    def unrolled(self, n, m, stack, depth):
+        """A loop of Python's over some of the layers, in any order."""
+        order = self.rng.integers(0, length := self.size(), self.size())
+        inner, run = self.block(n, m, (*stack, length), depth - 1)
+
+        def both(mode, p, x):
+            outs = [run(mode, mode.slice(p, 0, int(i)), x * (1 + i)) for i in order]
+            return functools.reduce(jnp.add, outs)
+
+        return inner, both
+
+
 def _like(y, x):
     """`y` with as many positions as `x`."""
     if y.shape[-2] == x.shape[-2]:
@@ -271,8 +286,7 @@ def _like(y, x):
     return jnp.broadcast_to(y.mean(-2, keepdims=True), (*y.shape[:-2], x.shape[-2], y.shape[-1]))
 
 
-def check_program(seed):
-    maker = Maker(seed)
+def check_program(maker):
     n, m = maker.size(), maker.size()
     params, run = maker.block(n, m, (), depth=int(maker.rng.integers(1, 4)))
     x = maker.array(int(maker.rng.integers(1, 4)), int(maker.rng.integers(1, 5)), n)
@@ -285,12 +299,14 @@ def check_program(seed):
         check(program, params, x)
 
 
+@pytest.mark.parametrize("maker", [Maker, Unrolling])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_program(seed, x64):
-    check_program(seed)
+def test_a_program(seed, maker, x64):
+    check_program(maker(seed))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("maker", [Maker, Unrolling])
 @pytest.mark.parametrize("seed", range(12, 400))
-def test_more_programs(seed, x64):
-    check_program(seed)
+def test_more_programs(seed, maker, x64):
+    check_program(maker(seed))

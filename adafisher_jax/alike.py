@@ -6,11 +6,13 @@ group is named by the path of its first layer.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from adafisher_jax.layout import Layer
 from adafisher_jax.meshes import everywhere
@@ -111,3 +113,23 @@ def each(
     """
     parts = map(jnp.unstack, stacked)
     return tuple(function(*of_one) for of_one in zip(arrays, *parts, strict=True))
+
+
+def part(layers: int, count: int, stacked: Any, start: jax.Array) -> tuple[Any, jax.Array]:
+    """The stacked arrays of `count` layers from `start` on, and where the next part starts.
+
+    Each array has one entry for each of the `layers`, or one for each of their matrices.
+    """
+    # A call that XLA does not inline. So the loops over a part do not know which part it is, and
+    # those of all parts are equal. XLA on a CPU compiles equal loops once.
+    with set_xla_metadata(inlineable="false"):
+        return _part(layers, count, stacked, start)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _part(layers: int, count: int, stacked: Any, start: jax.Array) -> tuple[Any, jax.Array]:
+    def of(x: jax.Array) -> jax.Array:
+        entries = len(x) // layers
+        return jax.lax.dynamic_slice_in_dim(x, start * entries, count * entries)
+
+    return jax.tree.map(of, stacked), start + count

@@ -151,7 +151,7 @@ def leading_excess(
     if vector is not None and pulled is not None:
         shares = _product("bji,bki->bjk", vector, left)
         pulled = pulled - _product("bjk,bko->bjo", shares, right)
-    square = rest + jnp.sum(jnp.square(kept) * squares, 1)
+    square = rest + jnp.sum(jnp.minimum(squares, cap), 1)
     largest = jnp.max(squares, 1)[:, None, None]
     relative = images * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
     basis = jnp.where(largest > 0, (relative + INERTIA * before).astype(STORED), basis)
@@ -250,14 +250,12 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
     the result `Q`, up to rounding, and a cut along its rows never removes more than there is.
     """
     gram = _product("bkj,blj->bkl", vectors, vectors)
-    one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=gram.dtype), gram.shape)
-    squares = jnp.sum(gram * one, 2)
-    unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+    one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=bool), gram.shape)
     less = 1 - gram.shape[1] * jnp.finfo(gram.dtype).eps
-    cosines = jnp.where(one > 0, one, less * gram * unit[:, :, None] * unit[:, None])
-    lower = jax.lax.linalg.cholesky(cosines, symmetrize_input=False)
+    gram = jnp.where(one, jnp.where(gram > 0, gram, 1), less * gram)
+    lower = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
     inverse = jax.lax.platform_dependent(lower, cpu=_inverse_of_halves, default=_inverse)
-    return _product("bkl,blj->bkj", inverse * unit[:, None], vectors)
+    return _product("bkl,blj->bkj", inverse, vectors)
 
 
 def _inverse(lower: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adafisher_jax import execution_order, spectrum
-from adafisher_jax.alike import each
+from adafisher_jax.alike import each, part
 from adafisher_jax.factors import Axes, Factor
 from adafisher_jax.layout import Layer, Leaf, unstacked
 from adafisher_jax.meshes import everywhere
@@ -75,13 +75,12 @@ class Centered(Rule):
 
     def refresh(self, layer: Layer, old: Curvature, fresh: Factor) -> tuple[Curvature, Outcome]:
         """The averages after new statistics, of which those far above them count less."""
-        slot = jnp.where(old.slot > 0, old.slot, 1)
         of_h, of_mean, before_h = sums(layer, fresh.h, jnp.abs(fresh.mean), old.factor.h)
         of_s, before_s = sums(layer, fresh.s, old.factor.s)
 
         def share(of_batch: jax.Array, before: jax.Array) -> jax.Array:
-            """The share that counts."""
-            most = self.most * before / slot
+            """The share that counts. Averages so far are sums to be divided by their slot."""
+            most, of_batch = self.most * before, of_batch * old.slot
             above = (most > 0) & (of_batch > most)
             return jnp.where(above, most / jnp.where(above, of_batch, 1), 1)
 
@@ -140,13 +139,15 @@ class Centered(Rule):
         """The directions of a few layers, then of the next."""
         steps: list[Pair] = []
         after: list[Pair] = []
+        stacked = curvature, vectors, scales
+        begin = jnp.zeros([], jnp.int32)
         for start in range(0, layer.shape[0], few):
-            of_part = functools.partial(_part, layer.shape[0], start, start + few)
-            own, *stacked = jax.tree.map(of_part, (curvature, vectors, scales))
+            own = Pair(*(values and values[start : start + few] for values in momentum))
+            count = min(few, layer.shape[0] - start)
             if after:
-                own = own._replace(slot=execution_order.after(own.slot, [after[-1].weight.square]))
-            momenta = Pair(*(values and of_part(values) for values in momentum))
-            found = self._direction(layer.one.stacked(len(own.slot)), own, momenta, *stacked)
+                begin = execution_order.after(begin, [after[-1].weight.square])
+            (averages, *others), begin = part(layer.shape[0], count, stacked, begin)
+            found = self._direction(layer.one.stacked(count), averages, own, *others)
             steps.append(found[0])
             after.append(found[1])
         joined = (one[0] and tuple(itertools.chain(*one)) for one in zip(*steps, strict=True))
@@ -274,12 +275,6 @@ class Centered(Rule):
         assert scale is not None
         own = 1 if layer.kind == "norm" else self.step_rms(layer, curvature)
         return own * _inverse_rms(scale)
-
-
-def _part(layers: int, start: int, stop: int, values: Any) -> Any:
-    """The values of some layers of a group. Each has one, or one for each of its matrices."""
-    count = len(values) // layers
-    return values[start * count : stop * count]
 
 
 def _preconditioned(

@@ -15,6 +15,7 @@ from flax import linen as nn
 import adafisher_jax as af
 from adafisher_jax import alike
 from adafisher_jax.rules import centered
+from benchmarks.compile_time import different_loops
 from tests.support.hand_made import LAYERS, layout_of, random_factors, random_tree
 
 RULES = ["paper", "official", "centered"]
@@ -136,6 +137,19 @@ def test_a_cpu_steps_a_group_a_few_layers_at_a_time(monkeypatch):
     (few, one), (all_, other) = found
     assert few < 0.6 * all_
     chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+def test_further_parts_of_a_group_are_the_loops_of_those_before(monkeypatch):
+    """XLA on a CPU compiles equal loops once."""
+    monkeypatch.setattr(centered, "AT_ONCE", 2 * 64 * 64)
+    loops = []
+    for layers in (6, 12):
+        model = nn.Sequential([nn.Dense(64) for _ in range(layers)])
+        _, params, layout = problem(model, jnp.ones((8, 64)))
+        tx = af.adafisherw(1e-3, layout, rule="centered")
+        program = compile_update(tx, params, jax.tree.map(jnp.ones_like, no_factors(layout)))
+        loops.append(different_loops(program.as_text()))
+    assert loops[1] - loops[0] < 15, loops  # of three parts more
 
 
 def namesake(layer, name):

@@ -153,6 +153,7 @@ class Centered(Rule):
         joined = (one[0] and tuple(itertools.chain(*one)) for one in zip(*steps, strict=True))
         return Pair(*joined), jax.tree.map(lambda *parts: jnp.concatenate(parts), *after)
 
+    @functools.partial(jax.jit, static_argnums=1)  # parts of a group are traced once
     def _direction(
         self, layer: Layer, curvature: Curvature, momentum: Pair, vectors: Vectors, scales: Pair
     ) -> tuple[Pair, Pair]:

@@ -14,7 +14,7 @@ from benchmarks.measure import timing
 from benchmarks.steps import train_step
 
 COLUMNS = "name ms ratio to_reach trace_ms lower_ms compile_ms loops".split()
-TASKS = ["mlp", "transformer", "conv_net", "resnet18"]
+TASKS = ["mlp", "transformer", "transformer24", "conv_net", "resnet18"]
 BASELINE, MOST = "adamw", 5  # rounds
 COMPUTATION = re.compile(r"^%([\w.-]+) [^\n]*\{$(.*?)^\}$", re.M | re.S)
 

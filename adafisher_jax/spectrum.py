@@ -124,6 +124,11 @@ def leading_excess(
     total = _sum_squares(layer, steps)
     before = basis.astype(steps[0].dtype)
     follow = (where & jnp.isfinite(total))[:, None, None]
+    size = jnp.where(total > 0, total, 1)[:, None, None]
+
+    def directions_of(vectors: jax.Array) -> jax.Array:
+        """Orthonormal rows. They are scaled first, for squares of small steps underflow."""
+        return _orthonormal(jnp.where(follow, vectors * jax.lax.rsqrt(size), 0))
 
     def along_columns(vectors: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Their products, and that of the vector, which costs little beside them."""
@@ -133,11 +138,11 @@ def leading_excess(
         return found[:, :-1], found[:, -1:]
 
     if tall := layer.fan_in >= layer.fan_out:
-        orthonormal = _orthonormal(jnp.where(follow, _along_rows(layer, steps, before), 0))
+        orthonormal = directions_of(_along_rows(layer, steps, before))
         images, pulled = along_columns(orthonormal)
     else:
         longer, pulled = along_columns(before)
-        orthonormal = _orthonormal(jnp.where(follow, longer, 0))
+        orthonormal = directions_of(longer)
         images = _along_rows(layer, steps, orthonormal)
     images = jnp.where(follow, images, 0)
 
@@ -252,8 +257,8 @@ def _orthonormal(vectors: jax.Array) -> jax.Array:
     gram = _product("bkj,blj->bkl", vectors, vectors)
     one = jnp.broadcast_to(jnp.eye(gram.shape[1], dtype=bool), gram.shape)
     less = 1 - gram.shape[1] * jnp.finfo(gram.dtype).eps
-    gram = jnp.where(one, jnp.where(gram > 0, gram, 1), less * gram)
-    lower = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+    smaller = jnp.where(one, jnp.where(gram > 0, gram, 1), less * gram)  # rows of zeros stay zero
+    lower = jax.lax.linalg.cholesky(smaller, symmetrize_input=False)
     inverse = jax.lax.platform_dependent(lower, cpu=_inverse_of_halves, default=_inverse)
     return _product("bkl,blj->bkj", inverse, vectors)
 

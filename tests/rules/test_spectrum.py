@@ -102,6 +102,20 @@ def test_steps_are_finite_whatever_their_size(size):
         np.testing.assert_allclose(flat, step, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [1.2, 2.0])
+def test_small_and_large_steps_are_cut_alike(ratio):
+    """Squares of their weaker directions vanish much earlier than those of the whole step."""
+    step = matrices((1, 96, 80), np.maximum(ratio ** -np.arange(80.0), 1e-4)).astype(jnp.float32)
+    expected, _, square = follow(step, 5)
+    for size in np.float32([1e-15, 1e-12, 1e12, 1e15]):
+        flat, _, squares = follow(size * step, 5)
+        np.testing.assert_allclose(flat / size, expected, atol=2e-5)
+        np.testing.assert_allclose(squares / size / size, square, rtol=1e-2)
+    for exponent in range(-22, -15):
+        flat, *_ = follow(np.float32(10.0**exponent) * step, 5)
+        assert jnp.all(jnp.isfinite(flat))
+
+
 def test_directions_without_anything_in_them_do_not_follow_rounding():
     """Steps of rank one: whichever way they are rounded, the other directions are the same."""
     step = matrices((1, 12, 20), [1.0]).astype(jnp.float32)

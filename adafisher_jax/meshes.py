@@ -1,6 +1,9 @@
 """Arrays on explicit mesh axes, whose types contain their shardings."""
 
+from typing import Any
+
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def everywhere(x: jax.Array) -> jax.Array:
@@ -8,5 +11,16 @@ def everywhere(x: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return x
-    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.sharding.reshard(x, whole)
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def beside(x: jax.Array, other: jax.Array, *axes: Any) -> jax.Array:
+    """Returns an array that lies along some axes of the explicit mesh of another array."""
+    where = along(other, *axes)
+    return x if where is None else jax.sharding.reshard(x, where)
+
+
+def along(x: jax.Array, *axes: Any) -> NamedSharding | None:
+    """A sharding along axes of the explicit mesh of an array; None if there are none."""
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec(*axes)) if any(axes) else None

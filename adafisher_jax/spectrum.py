@@ -15,7 +15,7 @@ import numpy as np
 
 from adafisher_jax.alike import stack
 from adafisher_jax.layout import Layer
-from adafisher_jax.meshes import everywhere
+from adafisher_jax.meshes import along, beside, everywhere
 
 MOST = 32  # directions of a matrix, unless half of its shorter side is less
 STORED = jnp.bfloat16  # the stored directions only begin the next iteration
@@ -134,8 +134,9 @@ def leading_excess(
         """Their products, and that of the vector, which costs little beside them."""
         if vector is None:
             return _along_columns(layer, steps, vectors), None
-        found = _along_columns(layer, steps, jnp.concatenate([vectors, vector], 1))
-        return found[:, :-1], found[:, -1:]
+        both = jnp.concatenate([vectors, _like(vector, vectors)], 1)
+        found = _along_columns(layer, steps, both)
+        return found[:, :-1], everywhere(found[:, -1:])
 
     if tall := layer.fan_in >= layer.fan_out:
         orthonormal = directions_of(_along_rows(layer, steps, before))
@@ -154,13 +155,13 @@ def leading_excess(
     cut = (1 - kept)[..., None] * orthonormal
     left, right = (cut, images) if tall else (images, cut)
     if vector is not None and pulled is not None:
-        shares = _product("bji,bki->bjk", vector, left)
-        pulled = pulled - _product("bjk,bko->bjo", shares, right)
+        shares = _product("bji,bki->bjk", _like(vector, left), left)
+        pulled = pulled - everywhere(_product("bjk,bko->bjo", shares, right))
     square = rest + jnp.sum(jnp.minimum(squares, cap), 1)
     largest = jnp.max(squares, 1)[:, None, None]
     relative = images * jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
-    basis = jnp.where(largest > 0, (relative + INERTIA * before).astype(STORED), basis)
-    return Cut(left, right, square, pulled), basis
+    after = everywhere((relative + INERTIA * before).astype(STORED))
+    return Cut(left, right, square, pulled), jnp.where(largest > 0, after, basis)
 
 
 def no_excess(layer: Layer, steps: Steps, vector: jax.Array | None = None) -> Cut:
@@ -183,16 +184,34 @@ def _along_rows(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
     """Products of rows (matrices, k, columns) with those of each matrix: (matrices, k, rows)."""
     given = _in_axes(layer, vectors, layer.outs, len(steps))
     equation = _equation(layer, "w,bzo->biz")  # as a product of matrices has it
-    found = [everywhere(_product(equation, *pair)) for pair in zip(steps, given, strict=True)]
-    return jnp.stack(found).reshape(len(vectors), layer.fan_in, vectors.shape[1]).mT
+    found = [_product(equation, *pair) for pair in zip(steps, given, strict=True)]
+    axis = len(layer.blocks)
+    return _joined(found, axis, (len(vectors), layer.fan_in, vectors.shape[1]), 1).mT
 
 
 def _along_columns(layer: Layer, steps: Steps, vectors: jax.Array) -> jax.Array:
     """Products of rows (matrices, k, rows) with the columns: (matrices, k, columns)."""
     given = _in_axes(layer, vectors, layer.ins, len(steps))
     equation = _equation(layer, "bzi,w->bzo")
-    found = [everywhere(_product(equation, *pair)) for pair in zip(given, steps, strict=True)]
-    return jnp.stack(found).reshape(len(vectors), vectors.shape[1], layer.fan_out)
+    found = [_product(equation, *pair) for pair in zip(given, steps, strict=True)]
+    axis = len(layer.blocks) + 1
+    return _joined(found, axis, (len(vectors), vectors.shape[1], layer.fan_out), 2)
+
+
+def _joined(
+    products: Sequence[jax.Array], axis: int, shape: tuple[int, int, int], long: int
+) -> jax.Array:
+    """Products as matrices. Their axes from `axis` on become the axis `long`.
+
+    On explicit mesh axes each device keeps its own entries of that axis, if only the first of these
+    axes is sharded, and in all products alike.
+    """
+    spec, *others = {tuple(jax.typeof(x).sharding.spec) for x in products}
+    kept = spec[axis]
+    if others or any(spec[:axis] + spec[axis + 1 :]):
+        products, kept = [everywhere(x) for x in products], None
+    where = along(products[0], *(kept if i == long else None for i in range(3)))
+    return jnp.stack(products).reshape(shape, out_sharding=where)
 
 
 # A weight is never reshaped, which on several devices could move it: vectors are, to its axes.
@@ -215,17 +234,21 @@ def _in_axes(
 ) -> Sequence[jax.Array]:
     """Vectors (matrices, k, n) of each of some layers, in axes: (*blocks, k, *side)."""
     blocks, n = ([layer.shape[i] for i in axes] for axes in (layer.blocks, side))
-    return jnp.unstack(vectors.reshape(count, *blocks, vectors.shape[1], *n))
+    where = along(vectors, *[None] * (2 + len(blocks)), jax.typeof(vectors).sharding.spec[2])
+    shape = count, *blocks, vectors.shape[1], *n
+    return jnp.unstack(vectors.reshape(shape, out_sharding=where))
 
 
 def _beside(layer: Layer, x: jax.Array, side: tuple[int, ...], step: jax.Array) -> jax.Array:
     """Vectors in axes that lie, on explicit mesh axes, where those of the step do."""
-    sharding = jax.typeof(step).sharding
-    if not any(sharding.spec):
-        return x
-    blocks, own = ([sharding.spec[i] for i in axes] for axes in (layer.blocks, side))
-    spec = jax.sharding.PartitionSpec(*blocks, None, *own)
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+    spec = jax.typeof(step).sharding.spec
+    blocks, own = ([spec[i] for i in axes] for axes in (layer.blocks, side))
+    return beside(x, step, *blocks, None, *own)
+
+
+def _like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """An array that lies, on explicit mesh axes, as another with as many axes does."""
+    return beside(x, other, *jax.typeof(other).sharding.spec)
 
 
 def _outer(layer: Layer, rows: jax.Array, columns: jax.Array) -> jax.Array:

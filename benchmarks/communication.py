@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adafisher_jax as af
+from adafisher_jax.paths import by_path
 from benchmarks import optimizers
 from benchmarks.measure import nbytes
 
@@ -129,9 +130,10 @@ def update(task, name, kind):
     """Compiled with weights and momentum along their first axis, and the rest on each device."""
     mesh = jax.make_mesh((DEVICES,), ("data",), (kind,))
     tx = optimizers.make(name, task.layout)
+    weights = {layer.weight.path for layer in task.layout.layers if layer.kind != "norm"}
 
-    def place(leaf):
-        spec = P("data") if leaf.ndim > 1 and leaf.shape[0] % DEVICES == 0 else P()
+    def place(path, leaf):
+        spec = P("data") if path in weights and leaf.shape[0] % DEVICES == 0 else P()
         return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), NamedSharding(mesh, spec))
 
     def replicate(leaf):
@@ -143,7 +145,8 @@ def update(task, name, kind):
         return optax.apply_updates(params, updates), opt_state
 
     with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
-        params = jax.tree.map(place, task.params)
+        leaves, treedef = by_path(task.params)
+        params = treedef.unflatten(place(*leaf) for leaf in leaves.items())
         opt_state = jax.tree.map(replicate, tx.init(params))
         factors = {layer.path: layer.zeros() for layer in task.layout.layers}
         factors = jax.tree.map(replicate, factors) if name in optimizers.RULES else None

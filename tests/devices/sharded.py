@@ -241,6 +241,48 @@ def test_parameters_on_an_explicit_axis_step_as_on_one_device(spec, x64):
     assert_close(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes", "specs"),
+    [
+        ((64, 32), "in0 out0", [P("x", "y"), P("x", "y")]),
+        ((64, 32), "in0 out0", [P("x", "y"), P("y", "x")]),
+        ((32, 64), "in0 out0", [P("x"), P("x")]),
+        ((32, 64), "in0 out0", [P(None, ("x", "y"))]),
+        ((8, 16, 32), "in0 in1 out0", [P("x", None, "y")]),
+        ((8, 16, 32), "in0 in1 out0", [P("x", "y"), P("x", "y")]),
+        ((8, 16, 32), "in0 in1 out0", [P(None, "x", "y")]),
+        ((32, 8, 16), "in0 out0 out1", [P("x", "y"), P("x", "y")]),
+        ((4, 32, 64), "stack0 in0 out0", [P("x", "y"), P("x", "y")]),
+    ],
+)
+def test_weights_on_explicit_axes_step_as_on_one_device(shape, axes, specs, x64):
+    """Alike or not, along either side or both."""
+    bias = " ".join(axis for axis in axes.split() if not axis.startswith("in"))
+    layers = [make_layer(str(i), "dense", shape, axes, bias) for i in range(len(specs))]
+    places = {layer.weight.path: spec for layer, spec in zip(layers, specs, strict=True)}
+    rng = np.random.default_rng(0)
+    grads, factors = random_tree(rng, *layers), random_factors(rng, *layers)
+    tx = af.scale_by_adafisher(layout_of(*layers), rule="centered")
+
+    def steps(grads):
+        state = tx.init(grads)
+        for _ in range(3):
+            updates, state = jax.jit(tx.update)(grads, state, factors=factors)
+        return updates, state
+
+    expected = steps(grads)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        leaves, treedef = by_path(grads)
+        found = steps(
+            treedef.unflatten(
+                jax.device_put(leaf, NamedSharding(mesh, places.get(path, P())))
+                for path, leaf in leaves.items()
+            )
+        )
+    assert_close(found, expected, 1e-9)
+
+
 @pytest.mark.parametrize("plan", ["fully sharded", "tensor parallel"])
 def test_a_model_for_automatic_axes_gets_its_factors_on_explicit_ones(plan, x64):
     """Within `auto_axes` the compiler chooses."""
@@ -256,7 +298,7 @@ def test_a_model_for_automatic_axes_gets_its_factors_on_explicit_ones(plan, x64)
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_an_update_gathers_no_weight(kind):
-    """Devices exchange vectors, of which directions have 32 at most for each weight."""
+    """Devices exchange vectors: along each side of a weight 32 directions and a mean, once."""
     weights = {
         make_layer("a", "dense", (512, 256), "in0 out0", "out0"): P("data", "model"),
         make_layer("b", "dense", (512, 256), "in0 out0", "out0"): P("data", "model"),
@@ -293,6 +335,7 @@ def test_an_update_gathers_no_weight(kind):
     ]
     smallest = min(layer.weight.size for layer in weights)
     assert 0 < max(exchanged) <= smallest / 2
+    assert sum(exchanged) <= sum(33 * (layer.fan_in + layer.fan_out) for layer in weights)
 
 
 # Metadata.

@@ -207,7 +207,7 @@ def _joined(
     axes is sharded, and in all products alike.
     """
     spec, *others = {tuple(jax.typeof(x).sharding.spec) for x in products}
-    kept = spec[axis]
+    kept = spec[axis] if axis < len(spec) else None
     if others or any(spec[:axis] + spec[axis + 1 :]):
         products, kept = [everywhere(x) for x in products], None
     where = along(products[0], *(kept if i == long else None for i in range(3)))

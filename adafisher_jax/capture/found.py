@@ -48,8 +48,8 @@ class Product(NamedTuple):
       inside: the primitives around the equation, as in `Mark`.
       derived: whether the product lies in the call of a marked layer, or in the backward pass of a
         derivative that the loss takes. Other uses of the weight then describe it, if there are any.
-      written: where its author wrote the product. One of tangents, which a forward derivative
-        inside the loss makes, has that of the product it is the tangent of.
+      written: where its author wrote the product, if a forward derivative inside the loss made it.
+        A product of tangents has that of the product it is the tangent of. Otherwise false.
       learned: whether the input comes from a parameter.
       bias: the origin of the parameter that is added to the output.
       bias_axes: pairs of an axis of the bias longer than one and its axis of the weight, both

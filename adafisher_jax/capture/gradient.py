@@ -32,10 +32,12 @@ class Form(NamedTuple):
       zeros: a function of a layer and a type that returns a zero `Factor` of this form. Each part
         except `rows` has the weight's rank.
       statistic: a function that turns a layer's statistic into one that yields this form.
+      of_ranges: whether a range of a weight (`w[:3]`) has statistics of this form.
     """
 
     zeros: Callable[[Layer, Any], Factor]
     statistic: Callable[[Statistic], Statistic]
+    of_ranges: bool = True
 
 
 DIAGONAL = Form(Layer.zeros, lambda statistic: statistic)
@@ -192,6 +194,12 @@ def probed(
         for place, completion in traced.uses.completions.items()
         if completion.carrier.source in positions
     }
+    for source, sliced in (completion.carrier for completion in completions.values()):
+        if not form.of_ranges and any(isinstance(s.by, range) for s in sliced):
+            raise ValueError(
+                f"the layer {positions[source]!r} is used in parts (as `w[:3]`), which have no "
+                "whole factors here: leave it out of `paths`"
+            )
 
     def loss(first: Any, probes: dict[str, Factor]) -> Any:
         given = {position: probes[path] for position, path in positions.items()}

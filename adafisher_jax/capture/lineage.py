@@ -63,7 +63,7 @@ def find_uses(program: core.ClosedJaxpr, sources: int) -> Found:
     last = False
     while True:
         found: Found = []
-        _follow(program.jaxpr, inputs, found, _Around((), (), False, weights, last))
+        _follow(program.jaxpr, inputs, found, _Around((), (), False, False, weights, last))
         more = _weights(found) - weights
         if last or not any(isinstance(x, Refusal) and x.why == OF_PARAMETERS for x in found):
             return found
@@ -85,6 +85,7 @@ class _Around(NamedTuple):
       place: the place of the equation that calls the program, and which of its bodies it is.
       inside: the primitives around the program.
       derived: whether products in the program are derived (see `Product`).
+      forward: whether a forward derivative inside the loss made the program.
       weights: which parameters, or slices of them, are known to be multiplied by data somewhere.
       last: whether no more of them will be known.
     """
@@ -92,6 +93,7 @@ class _Around(NamedTuple):
     place: Place
     inside: tuple[str, ...]
     derived: bool
+    forward: bool
     weights: frozenset[Any]
     last: bool
 
@@ -101,8 +103,9 @@ class _Around(NamedTuple):
         name = RECOMPUTED if again else eqn.primitive.name
         scopes = str(eqn.source_info.name_stack)
         derived = self.derived or MARKED in scopes or "transpose(" in scopes
-        place = (*self.place, (index, 0))
-        return self._replace(place=place, inside=(*self.inside, name), derived=derived)
+        forward = self.forward or "jvp(" in scopes
+        place, inside = (*self.place, (index, 0)), (*self.inside, name)
+        return self._replace(place=place, inside=inside, derived=derived, forward=forward)
 
     def body(self, i: int) -> "_Around":
         """Returns what is around body `i` of the same equation."""
@@ -158,7 +161,7 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
                 outputs = [x or computed_from(operands, COMPUTED) for x in settled(outputs)]
         elif name in products.READERS:
             refuse_looked_up_weights(operands, found)
-            of_use = here.place, around.inside, here.derived
+            of_use = here.place, around.inside, here.derived, here.forward
             uses, output = multiply(eqn, operands, around.weights, around.last, *of_use)
             found += uses
             outputs = [output]

@@ -31,6 +31,7 @@ def multiply(
     place: Place,
     inside: tuple[str, ...],
     derived: bool,
+    forward: bool,
 ) -> tuple[Found, Origin | None]:
     """Returns the uses of parameters in a product, and the origin of its output.
 
@@ -43,6 +44,7 @@ def multiply(
       place: the place of the equation.
       inside: as in `Product`.
       derived: as in `Product`.
+      forward: whether a forward derivative inside the loss made the product.
     """
     parameters = _parameters(operands[:2])
     both = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
@@ -68,7 +70,7 @@ def multiply(
         aval: Any = eqn.outvars[0].aval
         output = Origin(place, pieces.whole(aval.shape), frozen=weight.frozen)
         inputs = [x for j, x in both.items() if j != i]
-        written, learned = eqn.source_info.traceback, bool(inputs)
+        written, learned = forward and eqn.source_info.traceback, bool(inputs)
         product = Product(linear, weight, place, inside, derived, written, learned)
         return [product, *_of_parameters(inputs, place)], output
     if both:
@@ -80,7 +82,10 @@ def multiply(
         if x and x.lost:
             with_data = not _picks(eqn) and (other is None or other.parameters != x.parameters)
             uses += [Refusal(i, x.lost, place, with_data and not derived) for i in sorted(x.behind)]
-    return uses, _computed(operands)
+    found = _computed(operands)
+    if found and not _picks(eqn) and sum(bool(x and x.parameters) for x in operands[:2]) == 1:
+        found = dataclasses.replace(found, behind=frozenset())  # as other products' outputs, data
+    return uses, found
 
 
 def refuse_looked_up_weights(operands: Origins, found: Found) -> None:

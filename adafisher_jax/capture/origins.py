@@ -14,18 +14,19 @@ from adafisher_jax.capture.places import Place
 
 
 class Slice(NamedTuple):
-    """An axis, or a part of one, of which the program takes one slice at a time.
+    """An axis, or a part of one, of which the program takes one slice at a time, or only a range.
 
     Attributes:
       axis: the axis of the source.
       by: the place of the scan that slices. If a `vmap` slices: the place of the mark, and the
-        level of the `vmap`. If one slice alone is taken (`w[2]`): its index.
+        level of the `vmap`. If one slice alone is taken (`w[2]`): its index. If several neighbours
+        are taken (`w[:3]`), which stay an axis: their range.
       inner: the distance between its neighbouring entries, along what slices before left.
       left: how many entries of the axis each slice still has.
     """
 
     axis: int
-    by: Place | int
+    by: Place | int | range
     inner: int
     left: int
 
@@ -38,7 +39,7 @@ class Origin:
       source: the position of the program input, or the place of the product with this output. None
         if the array was computed from several arrays or from data only.
       axes: the array's axes in terms of the source's (see `adafisher_jax.capture.pieces`).
-      sliced: the axes of the source that were sliced away, in order.
+      sliced: the axes of the source that were sliced away, or cut to a range, in order.
       frozen: whether the array passed through `stop_gradient`.
       mixed: whether the array was combined by element with other arrays (a mask, noise).
       varied: whether it was so along axes that the source does not have.
@@ -85,7 +86,7 @@ class Origin:
     @property
     def stacks(self) -> dict[Any, str]:
         """The names of the axes that were sliced away."""
-        axes = dict.fromkeys(s.axis for s in self.sliced)
+        axes = dict.fromkeys(s.axis for s in self.sliced if not isinstance(s.by, range))
         return {axis: f"stack{i}" for i, axis in enumerate(axes)}
 
     @property
@@ -95,8 +96,30 @@ class Origin:
 
     @property
     def alone(self) -> tuple[int, ...]:
-        """The axes of which one slice alone was taken."""
-        return tuple(s.axis for s in self.sliced if isinstance(s.by, int))
+        """The axes of which one slice alone, or a range, was taken."""
+        return tuple(s.axis for s in self.sliced if not isinstance(s.by, tuple))
+
+    @property
+    def ranges(self) -> set[int]:
+        """The axes of the source that were cut to a range, and not sliced away."""
+        return {s.axis for s in self.sliced if isinstance(s.by, range)} - {*self.stacks}
+
+    def cut(self, axis: int, entries: range) -> "Origin | None":
+        """Returns the origin of the array with some neighbouring entries along `axis`."""
+        if self.lost or len(self.axes[axis]) > 1:
+            return computed_from([self], REARRANGED)
+        (piece,) = self.axes[axis]
+        short = (piece._replace(size=len(entries)),)
+        cut = dataclasses.replace(self, axes=(*self.axes[:axis], short, *self.axes[axis + 1 :]))
+        if piece.axis is None:
+            return cut
+        others = self._others(axis)
+        if any(p.inner > piece.inner for p in others):
+            return computed_from([self], REARRANGED)
+        inner = math.prod(p.size for p in others)
+        entries = range(entries.start * inner, entries.stop * inner)
+        sliced = (*self.sliced, Slice(piece.axis, entries, 1, len(entries)))
+        return dataclasses.replace(cut, sliced=sliced)
 
     def drop(self, axis: int, by: Place | int) -> "Origin | None":
         """Returns the origin of one slice along `axis`; see `Slice` for `by`."""
@@ -110,11 +133,20 @@ class Origin:
         if more:
             return computed_from([self], REARRANGED)
         assert piece.axis is not None
-        same = [p for axis in kept for p in axis if p.axis == piece.axis]
-        left = math.prod(p.size for p in same)
-        inner = math.prod(p.size for p in same if p.inner < piece.inner)
+        others = self._others(axis)
+        left = math.prod(p.size for p in others)
+        inner = math.prod(p.size for p in others if p.inner < piece.inner)
+        if isinstance(by, int) and left == inner > 1:  # such a slice is a range of the axis
+            cut = self.cut(axis, range(by, by + 1))
+            return cut and dataclasses.replace(cut, axes=kept)
         sliced = (*self.sliced, Slice(piece.axis, by, inner, left))
         return dataclasses.replace(self, axes=kept, sliced=sliced)
+
+    def _others(self, axis: int) -> list[pieces.Piece]:
+        """Returns the other pieces of the axis of the source to which an axis belongs."""
+        own = self.axes[axis][0]
+        others = (p for i, of in enumerate(self.axes) if i != axis for p in of)
+        return [p for p in others if p.axis == own.axis]
 
 
 Origins = list[Origin | None]

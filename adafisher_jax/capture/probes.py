@@ -3,8 +3,8 @@
 A probe lies beside a parameter and must go where the parameter goes: in slices through a scan,
 along the mapped axis of a `vmap`, whole through `jax.jit`, `jax.checkpoint`, branches and
 `shard_map`. So every program that uses a layer gets the layer's probe as further inputs. Where one
-slice of the parameter is taken (`w[2]`), so is that of the probe. A mark with a probe becomes a
-tap. A product gets a tap on its output.
+slice of the parameter is taken (`w[2]`), or a range of an axis (`w[:3]`), so is that of the probe.
+A mark with a probe becomes a tap. A product gets a tap on its output.
 """
 
 import functools
@@ -31,7 +31,8 @@ class Carrier(NamedTuple):
 
     Attributes:
       source: the position of the parameter among the program's inputs.
-      sliced: the axes that were sliced away on the way. Axes that `vmap` took are not listed.
+      sliced: the axes that were sliced away, or cut to a range, on the way; not those that `vmap`
+        took.
     """
 
     source: int
@@ -40,8 +41,8 @@ class Carrier(NamedTuple):
     def within(self, depth: int) -> "Carrier":
         """Returns the carrier that is handed to a program, `depth` programs deep.
 
-        Slices of loops are taken where the loops are. One alone is taken before the next of these,
-        or at the use.
+        Slices of loops are taken where the loops are. One alone, or a range, is taken before the
+        next of these, or at the use.
         """
         loops = [isinstance(s.by, tuple) and len(s.by) <= depth for s in self.sliced]
         taken = max((i + 1 for i, here in enumerate(loops) if here), default=0)
@@ -109,6 +110,7 @@ class _Threading:
         self.completions = completions
         self.statistic = statistic
         self.conditional = conditional
+        self.in_ranges = _in_ranges(completion.carrier for completion in completions.values())
         self.needed: dict[tuple[Place, int], dict[Carrier, None]] = {}  # in order
         for place, completion in completions.items():
             for depth in range(1, len(place)):
@@ -136,7 +138,7 @@ class _Threading:
         self, eqn: core.JaxprEqn, completion: Completion, shadows: dict[Carrier, Vars]
     ) -> list[core.JaxprEqn]:
         """Returns the tap, after equations that give the probe the form of the parameter."""
-        slices = _take(completion.carrier, shadows)
+        slices = self._take(completion.carrier, shadows)
         probe, moves = _formed(shadows[completion.carrier], completion)
         if completion.linear is not None:
             product, tap = _on_output(eqn, completion.linear, probe)
@@ -164,7 +166,7 @@ class _Threading:
         outer = {c: shadows[c] for c in whole}
         moves: list[core.JaxprEqn] = []
         for carrier in sliced:
-            moves += _take(carrier.before, shadows)
+            moves += self._take(carrier.before, shadows)
             outer[carrier], moved = _sliced_first(shadows[carrier.before], carrier.sliced)
             moves += moved
         avals = {c: [var.aval for var in outer[c]] for c in whole}
@@ -189,6 +191,53 @@ class _Threading:
         for key, value in _of_unspecified_input(eqn).items():
             params[key] = (*params[key], *(value,) * extra)
         return [*moves, eqn.replace(invars=operands, params=_with_bodies(params, programs))]
+
+    def _take(self, carrier: Carrier, shadows: dict[Carrier, Vars]) -> list[core.JaxprEqn]:
+        """Adds the probe of a carrier with slices taken alone to `shadows`; returns the equations.
+
+        The product with a range of a weight is a part of the product with the whole weight, whose
+        other inputs, or output cotangents, are zero. Statistics without the axis count by the share
+        of the range, so that all ranges together count as one product.
+        """
+        if carrier in shadows:
+            return []
+        before = self._take(carrier.before, shadows)
+        (*earlier, last), probe = carrier.sliced, shadows[carrier.before]
+        by, axis, rank = last.by, _axis(carrier.sliced), _rank(probe)
+        sizes: list[Any] = [var.aval for var in probe]
+        size = max(aval.shape[axis] for aval in sizes)
+        again = any(s.axis == last.axis and isinstance(s.by, range) for s in earlier)
+        used = size if again else self.in_ranges.get((carrier.source, last.axis), size)
+
+        def one(part: jax.Array) -> jax.Array:
+            if isinstance(by, range):
+                if part.shape[axis] == size:
+                    return jax.lax.slice_in_dim(part, by.start, by.stop, axis=axis)
+                return part * (len(by) / used)
+            assert isinstance(by, int)
+            return jax.lax.index_in_dim(_first(carrier.sliced, rank, part), by, keepdims=False)
+
+        shadows[carrier], eqns = _applied(one, probe)
+        return [*before, *eqns]
+
+
+def _in_ranges(carriers: Iterable[Carrier]) -> dict[tuple[int, int], int]:
+    """Returns how many entries all ranges of an axis have together, if all uses are of ranges.
+
+    The keys are the position of the parameter and the axis.
+    """
+    uses: dict[int, list[dict[int, range]]] = {}
+    for carrier in carriers:
+        own: dict[int, range] = {}
+        for s in carrier.sliced:
+            if isinstance(s.by, range):
+                own[s.axis] = own[s.axis][s.by.start : s.by.stop] if s.axis in own else s.by
+        uses.setdefault(carrier.source, []).append(own)
+    return {
+        (source, axis): len(set().union(*(own[axis] for own in found)))
+        for source, found in uses.items()
+        for axis in set.intersection(*map(set, found))
+    }
 
 
 def _on_output(
@@ -238,26 +287,15 @@ def _sliced_first(probe: Vars, sliced: tuple[Slice, ...]) -> tuple[Vars, list[co
     return _applied(functools.partial(_first, sliced, _rank(probe)), probe)
 
 
-def _take(carrier: Carrier, shadows: dict[Carrier, Vars]) -> list[core.JaxprEqn]:
-    """Adds the probe of a carrier with slices taken alone to `shadows`; returns the equations."""
-    if carrier in shadows:
-        return []
-    before = _take(carrier.before, shadows)
-    probe, index = shadows[carrier.before], carrier.sliced[-1].by
-    assert isinstance(index, int)
-    rank = _rank(probe)
-
-    def one(part: jax.Array) -> jax.Array:
-        return jax.lax.index_in_dim(_first(carrier.sliced, rank, part), index, keepdims=False)
-
-    shadows[carrier], eqns = _applied(one, probe)
-    return [*before, *eqns]
+def _axis(sliced: tuple[Slice, ...]) -> int:
+    """Returns the axis of a probe that is sliced last."""
+    *before, last = sliced
+    return last.axis - sum(s.axis < last.axis and s.left == 1 for s in before)
 
 
 def _first(sliced: tuple[Slice, ...], rank: int, part: jax.Array) -> jax.Array:
     """Returns a part of a probe, of some rank, with what is sliced last as its first axis."""
-    *before, last = sliced
-    axis = last.axis - sum(s.axis < last.axis and s.left == 1 for s in before)
+    last, axis = sliced[-1], _axis(sliced)
     if last.left == 1:
         return jax.lax.transpose(part, [axis, *range(axis), *range(axis + 1, rank)])
     outer, after = part.shape[:axis], part.shape[axis + 1 :]
@@ -302,12 +340,12 @@ def _applied(
     """Returns the parts of a probe after a function, and the equations of the function."""
     of_all = jax.make_jaxpr(lambda *parts: [function(part) for part in parts])
     program = of_all(*(var.aval for var in probe)).jaxpr
-    new = dict(zip(program.invars, probe, strict=True))
+    new: dict[Any, core.Var] = dict(zip(program.invars, probe, strict=True))
     eqns = []
     for eqn in program.eqns:
         new |= {out: core.Var(out.aval) for out in eqn.outvars}
-        invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))
-        eqns.append(eqn.replace(invars=invars, outvars=outvars))
+        invars = [v if isinstance(v, core.Literal) else new[v] for v in eqn.invars]
+        eqns.append(eqn.replace(invars=invars, outvars=[new[v] for v in eqn.outvars]))
     return [new[v] for v in program.outvars], eqns
 
 

@@ -1,4 +1,4 @@
-"""Slices of a parameter outside of loops: of a stack of weights, `w[2]` is one."""
+"""Slices of a parameter outside of loops (of a stack of weights, `w[2]`), and ranges (`w[:3]`)."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,8 @@ SLICING = frozenset("slice split unstack".split())
 def of_parts(eqn: core.JaxprEqn, x: Origin | None) -> Origins:
     """Returns the origins of the parts of an array that an equation takes.
 
-    A part of a parameter has one entry of an axis or all of them; any other part is lost.
+    A part of a parameter has neighbouring entries of each axis; any other part is lost. An axis of
+    one entry is sliced away.
     """
     if x is None or not x.is_parameter:
         return [computed_from([x], REARRANGED)] * len(eqn.outvars)
@@ -37,18 +38,22 @@ def _entries(eqn: core.JaxprEqn) -> list[list[range]]:
 
 def _part(x: Origin, eqn: core.JaxprEqn, entries: list[range]) -> Origin | None:
     part: Origin | None = x
-    axes = [*x.axes]
-    gone = 0
+    alone: list[int] = []
     for axis, (own, size) in enumerate(zip(entries, _shape(eqn.invars[0]), strict=True)):
         if len(own) == size:
             continue
-        if len(own) != 1 or part is None:
+        if part is not None and len(own) == 1:
+            part = part.drop(axis - len(alone), own[0])
+            alone.append(axis)
+        elif part is not None and own and own.step == 1:
+            part = part.cut(axis - len(alone), own)
+        else:
             return computed_from([x], REARRANGED)
-        part = part.drop(axis - gone, own[0])
-        axes[axis], gone = (), gone + 1
-    if eqn.primitive.name == "unstack":
-        del axes[eqn.params["axis"]]
-    return part if part is None or part.lost else dataclasses.replace(part, axes=tuple(axes))
+    if part is None or part.lost or eqn.primitive.name == "unstack":
+        return part
+    left = iter(part.axes)
+    axes = tuple(() if i in alone else next(left) for i in range(len(entries)))
+    return dataclasses.replace(part, axes=axes)
 
 
 def _shape(array: Any) -> tuple[int, ...]:

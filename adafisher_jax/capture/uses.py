@@ -114,7 +114,7 @@ class _Found(NamedTuple):
     def is_tangent(self, other: "_Found") -> bool:
         """Whether this use, which has no bias, is the tangent of one that has a bias."""
         same = self.form == other.form and self.written == other.written
-        return same and self.written is not None
+        return same and bool(self.written)
 
 
 class _Reader:
@@ -187,7 +187,8 @@ class _Reader:
         axes = None if problem else source_axes(inner, origin, array.ndim, linear.apart)
         if axes is None:
             why = problem or "an axis of it is split between inputs, outputs and loops"
-            outweighs = not product.derived and not origin.frozen
+            again = RECOMPUTED in product.inside
+            outweighs = (again or not product.derived) and not origin.frozen
             self.add_refusal(Refusal(origin.source, why, product.place, outweighs), reached)
             return
         leaf = Leaf(self.paths[origin.source], jnp.shape(array), axes)
@@ -228,7 +229,7 @@ class _Reader:
         names, array = self.named[origin.source]
         problem = mark.use.problem or origin.lost or _problem(mark.inside, origin)
         own = () if problem else named_axes(axes, origin, array.ndim)
-        if own is None:
+        if own is None or (origin.ranges and not problem):
             problem = REARRANGED
         leaf = Leaf(self.paths[origin.source], jnp.shape(array), own or ())
         path = "/".join(_holder(names, name))
@@ -364,7 +365,7 @@ def _stacked(parameter: _Parameter) -> tuple[tuple[Any, int, int], ...]:
 def _carrier(origin: Origin, place: Place) -> Carrier:
     """Returns the carrier of the parameter with `origin` at a place."""
     assert isinstance(origin.source, int)
-    here = [s for s in origin.sliced if isinstance(s.by, int) or len(s.by) < len(place)]
+    here = [s for s in origin.sliced if not isinstance(s.by, tuple) or len(s.by) < len(place)]
     return Carrier(origin.source, tuple(here))
 
 

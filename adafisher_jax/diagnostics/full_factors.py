@@ -56,7 +56,8 @@ def full_factors(
     Raises:
       TypeError: if `layout` is no layout, or `paths` is a string.
       ValueError: if a path is no layer's, or that of a layer without two factors (a normalization
-        layer); from the returned function, as `adafisher_jax.value_and_grad`.
+        layer); from the returned function, as `adafisher_jax.value_and_grad`, and if the weight of
+        a layer is multiplied in ranges (`w[:3]`).
 
     Example:
       >>> import adafisher_jax as af, flax.linen as nn, jax, jax.numpy as jnp
@@ -178,7 +179,7 @@ def _full(statistic: Statistic) -> Statistic:
     return _SecondMoments(statistic)
 
 
-_FULL = Form(_zeros, _full)
+_FULL = Form(_zeros, _full, of_ranges=False)
 
 
 def _matrices(layer: Layer, factor: Factor) -> FullFactor:

@@ -73,11 +73,17 @@ def sliced(*gone, by=()):
     return Origin(0, axes(*kept), tuple(Slice(axis, by, 1, 1) for axis in gone))
 
 
+def cut(axis, entries):
+    """A range of the source along one of its axes."""
+    own = tuple(Piece(i, 1, len(entries) if i == axis else n) for i, n in enumerate((4, 3, 2)))
+    return Origin(0, tuple((one,) for one in own), (Slice(axis, entries, 1, len(entries)),))
+
+
 def without_places(origin):
     """The origin, but for where its slices were taken."""
 
     def without(one):
-        return one if isinstance(one.by, int) else one._replace(by=())
+        return one._replace(by=()) if isinstance(one.by, tuple) else one
 
     return dataclasses.replace(origin, sliced=tuple(map(without, origin.sliced)))
 
@@ -204,11 +210,38 @@ HANDED_ON = {
         Origin(0, ((Piece(0, 2, 2),), *axes(1, 2)), (Slice(0, 1, 1, 2),)),
     ),
     "all of it": (lambda w, x: used(lax.slice(w, (0, 0, 0), (4, 3, 2))), whole()),
-    # What is no whole slice.
-    "several entries": (lambda w, x: used(w[1:3]), lost(REARRANGED)),
+    # A range.
+    "several entries": (lambda w, x: used(w[1:3]), cut(0, range(1, 3))),
+    "in halves": (lambda w, x: used(jnp.split(w, 2)[0]), cut(0, range(2))),
+    "a slice of the first part of an axis": (
+        lambda w, x: used(w.reshape(2, 2, 3, 2)[1]),
+        cut(0, range(2, 4)),
+    ),
+    "several entries of a range": (
+        lambda w, x: used(w[1:][1:]),
+        Origin(
+            0,
+            ((Piece(0, 1, 2),), *axes(1, 2)),
+            (Slice(0, range(1, 4), 1, 3), Slice(0, range(1, 3), 1, 2)),
+        ),
+    ),
+    "a slice of a range": (
+        lambda w, x: used(w[1:, 0]),
+        Origin(0, ((Piece(0, 1, 3),), *axes(2)), (Slice(0, range(1, 4), 1, 3), Slice(1, 0, 1, 1))),
+    ),
+    "several copies": (
+        lambda w, x: used(jnp.broadcast_to(w, (7, 4, 3, 2))[:5]),
+        Origin(0, axes("copies", 0, 1, 2)),
+    ),
+    # What is neither.
     "every other entry": (lambda w, x: used(w[::2]), lost(REARRANGED)),
-    "in halves": (lambda w, x: used(jnp.split(w, 2)[0]), lost(REARRANGED)),
+    "no entry": (lambda w, x: used(w[:0]), lost(REARRANGED)),
     "a slice of merged axes": (lambda w, x: used(w.reshape(12, 2)[3]), lost(REARRANGED)),
+    "a range of merged axes": (lambda w, x: used(w.reshape(12, 2)[3:5]), lost(REARRANGED)),
+    "a range of the last part of an axis": (
+        lambda w, x: used(w.transpose(1, 0, 2).reshape(3, 2, 2, 2).reshape(3, 2, 4)[:, :, :3]),
+        lost(REARRANGED),
+    ),
     "a slice of copies": (
         lambda w, x: used(jnp.broadcast_to(w, (5, 4, 3, 2))[1]),
         whole(),
@@ -304,7 +337,7 @@ def test_what_is_computed_from_no_source_has_no_origin(how):
 
 
 def test_what_several_sources_are_behind_has_an_origin_without_one():
-    (found,) = origins(lambda w, x: used(w.transpose(0, 2, 1)[0, 0, :2] + x[:2]))
+    (found,) = origins(lambda w, x: used(w.transpose(0, 2, 1)[0, 0, ::2] + x[::3]))
     assert found == Origin(None, (), lost=REARRANGED, behind=frozenset({0, 1}))
 
 

@@ -95,7 +95,7 @@ own_jvp.defjvp(lambda p, t: (p[0] @ p[1], t[0] @ p[1] + p[0] @ t[1]))
 V = jnp.ones(5)
 HALF = {
     "a function of it": (lambda w, x: x @ jnp.tanh(w), COMPUTED),
-    "a slice of it": (lambda w, x: x[:, :3] @ w[:3], REARRANGED),
+    "every other row": (lambda w, x: x[:, ::2] @ w[::2], REARRANGED),
     "back to front": (lambda w, x: x @ w[::-1], REARRANGED),
     "divided by its norm": (lambda w, x: x @ (w / jnp.linalg.norm(w)), TRANSFORMED),
     "divided by what it makes of data": (
@@ -138,6 +138,79 @@ def test_a_use_that_cannot_be_captured_is_never_left_out(name, beside):
         return plain + loss_of(use(params["w"], x)) + loss_of(x @ params["v"])
 
     assert listed(loss_fn, SQUARE | {"v": real(5, 2)}, X) == {"w": why}
+
+
+def by_number(w, x):
+    return lax.fori_loop(1, 3, lambda i, h: jnp.tanh(h @ w[i]), jnp.tanh(x @ w[0]))
+
+
+def by_stride(w, x):
+    def step(h, w):
+        return jnp.tanh(h @ w), None
+
+    return lax.scan(step, jnp.tanh(x @ w[0]), w[::2])[0]
+
+
+def over_its_norm(w, x):
+    def step(h, _):
+        return jnp.tanh(h @ (w[0] / jnp.linalg.norm(w[0]))), None
+
+    return lax.scan(step, jnp.tanh(x @ w[0]), None, 3)[0]
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [(by_number, REARRANGED), (by_stride, REARRANGED), (over_its_norm, TRANSFORMED)],
+)
+def test_a_use_of_what_the_same_weight_made_is_never_left_out(run, why):
+    """A loop carries the output of a product with the weight alone."""
+    loss_fn = lambda params, x: loss_of(run(params["w"], x)) + loss_of(x @ params["v"])  # noqa: E731
+    assert listed(loss_fn, {"v": real(5, 2), "w": real(3, 5, 5)}, X) == {"w": why}
+
+
+def test_uses_on_one_line_count_with_a_bias_and_without():
+    def states(params, x, zeros):
+        h = None
+        for i in range(3):
+            y = (1 + i) * x @ params["w"] + zeros[i]
+            y = y if h is None else y + h / 2
+            h = jnp.sin(y + params["b"])
+            yield h
+
+    params, zeros = MAP | {"b": real(3)}, jnp.zeros((3, 4, 3))
+    total = lambda *args: sum(map(loss_of, states(*args)))  # noqa: E731
+    layout, factors = captured(lambda params, x: total(params, x, (0, 0, 0)), params, X)
+    assert layout.layers[0].bias is None  # it is added to other sums too
+    found = jax.grad(total, 2)(params, X, zeros)
+    (factor,) = factors.values()
+    assert_rows(factor, [X, 2 * X, 3 * X], [*found])
+
+
+def test_uses_in_a_function_that_is_traced_once_count_with_a_bias_and_without():
+    multiply = jax.jit(lambda x, w: x @ w)
+
+    def loss_fn(params, x):
+        first = multiply(x, params["w"]) + params["b"]
+        return loss_of(first) + loss_of(jnp.sin(multiply(2 * x, params["w"])))
+
+    params = MAP | {"b": real(3)}
+    _, factors = captured(loss_fn, params, X)
+    y = 2 * X @ params["w"]
+    found = cotangents(X @ params["w"] + params["b"]), cotangents(jnp.sin(y)) * jnp.cos(y)
+    (factor,) = factors.values()
+    assert_rows(factor, [X, 2 * X], found)
+
+
+def test_a_layer_that_is_computed_again_for_a_gradient_inside_the_loss_is_listed():
+    """Whatever other uses it has, its rows would be incomplete."""
+
+    def loss_fn(params, x):
+        layer = jax.checkpoint(lambda x: jnp.tanh(x @ params["w"]))
+        slope = jax.grad(lambda x: jnp.sum(layer(x)))(x)
+        return loss_of(slope) + loss_of(layer(2 * x)) + loss_of(x @ params["v"])
+
+    reason = "computed again by jax.checkpoint for a gradient inside the loss"
+    assert listed(loss_fn, SQUARE | {"v": real(5, 2)}, X) == {"w": reason}
 
 
 REGULAR = {

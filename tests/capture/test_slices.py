@@ -1,4 +1,4 @@
-"""Stacks of weights of which the program takes one slice after another by its number: `w[2]`."""
+"""Slices of a stack of weights (`w[2]`), and ranges of an axis (`w[:3]`), outside of loops."""
 
 import functools
 
@@ -91,6 +91,33 @@ def in_a_loop(params, x):
     return lax.scan(step, x, jax.tree.map(lambda p: p[0], stacks))[0]
 
 
+def ranges_scanned(params, x):
+    for part in (slice(0, 1), slice(1, 3)):
+        x = scanned(jax.tree.map(lambda p, part=part: p[part], params), x)
+    return x
+
+
+def first_then_scanned(params, x):
+    x = layer(jax.tree.map(lambda p: p[0], params), x)
+    return scanned(jax.tree.map(lambda p: p[1:], params), x)
+
+
+def ranges_by_flax(params, x):
+    """Blocks of Flax, of which two loops take those of a range."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.tanh(nn.Dense(4)(x))
+
+    def step(x, p):
+        return Block().apply({"params": {"Dense_0": {"kernel": p["w"], "bias": p["b"]}}}, x), None
+
+    for part in (slice(0, 2), slice(2, 3)):
+        x = lax.scan(step, x, jax.tree.map(lambda p, part=part: p[part], params))[0]
+    return x
+
+
 RUNS = {
     "as it is": in_turn(layer),
     "jit of checkpoint": in_turn(jax.jit(jax.checkpoint(layer))),
@@ -101,6 +128,9 @@ RUNS = {
     "handed out": handed_out,
     "by Flax": by_flax,
     "in a loop": in_a_loop,
+    "ranges scanned": ranges_scanned,
+    "the first, then a loop": first_then_scanned,
+    "ranges by Flax": ranges_by_flax,
 }
 
 
@@ -182,11 +212,12 @@ def test_the_bias_of_another_layer_is_none(number):
     assert [row.leaf.path for row in layout.uncovered] == ["b"]
 
 
-def test_a_slice_of_what_is_learned_is_the_input_of_a_weight():
+@pytest.mark.parametrize("take", [lambda one: one[1], lambda one: one.reshape(6, 4)[3:]])
+def test_a_slice_of_what_is_learned_is_the_input_of_a_weight(take):
     """Vectors that a weight multiplies, in a stack with a part for each layer."""
 
     def loss_fn(params, x):
-        y = params["prompts"][1] @ params["w"]
+        y = take(params["prompts"]) @ params["w"]
         return jnp.mean((x @ y.T) ** 2)
 
     params = {"prompts": RNG.normal(size=(2, 3, 4)), "w": RNG.normal(size=(4, 4))}
@@ -266,3 +297,167 @@ def test_every_rule_steps_slices_as_the_slices_of_a_loop(rule):
         return params
 
     assert_equal(after(in_turn(layer)), after(scanned))
+
+
+# Products with ranges of one weight are parts of the product with all of it.
+
+
+def of_outputs(w, b, x):
+    parts = zip(jnp.split(w, [5, 8], 1), jnp.split(b, [5, 8]), strict=True)
+    return jnp.concatenate([x @ w + b for w, b in parts], 1)
+
+
+def of_outputs_without_bias(w, b, x):
+    return jnp.concatenate([x @ w[:, :5], x @ w[:, 5:]], 1)
+
+
+def of_inputs(w, b, x):
+    return x[:, :2] @ w[:2] + x[:, 2:] @ w[2:]
+
+
+def of_both(w, b, x):
+    left, right = (
+        x[:, :2] @ w[:2, cut] + x[:, 2:] @ w[2:, cut] for cut in (slice(4), slice(4, 12))
+    )
+    return jnp.concatenate([left, right], 1)
+
+
+def of_the_transposed(w, b, x):
+    return jnp.concatenate([x @ w.T[:5].T, x @ w.T[5:].T], 1)
+
+
+def of_heads(w, b, x):
+    """The parts of a weight for queries, keys and values, each of two heads."""
+    parts = w.reshape(4, 3, 2, 2)
+    return jnp.stack([jnp.einsum("ni,ihk->nhk", x, parts[:, i]) for i in range(3)], 1).reshape(
+        5, 12
+    )
+
+
+def of_several_heads(w, b, x):
+    parts = w.reshape(4, 3, 4)
+    two = jnp.einsum("ni,ijk->njk", x, parts[:, 1:])
+    return jnp.concatenate([x @ parts[:, 0], two.reshape(5, 8)], 1)
+
+
+def of_ranges(w, b, x):
+    right = w[:, 4:]
+    return jnp.concatenate([x @ w[:, :4], x @ right[:, :2], x @ right[:, 2:]], 1)
+
+
+def inside_a_loop(w, b, x):
+    def step(_, row):
+        return None, jnp.concatenate([row @ w[:, :5], row @ w[:, 5:]])
+
+    return lax.scan(jax.checkpoint(step), None, x)[1]
+
+
+@pytest.mark.parametrize("when", [True, "traced"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        of_outputs,
+        of_outputs_without_bias,
+        of_inputs,
+        of_both,
+        of_the_transposed,
+        of_heads,
+        of_several_heads,
+        of_ranges,
+        inside_a_loop,
+    ],
+)
+def test_ranges_of_a_weight_count_as_the_weight(forward, when):
+    params = {"w": RNG.normal(size=(4, 12)), "b": RNG.normal(size=12)}
+    weights = RNG.normal(size=(5, 12))
+
+    def loss_of(forward):
+        return lambda params, x: jnp.sum(jnp.tanh(forward(params["w"], params["b"], x)) * weights)
+
+    def found(forward):
+        loss_fn = loss_of(forward)
+        layout = af.trace_layout(loss_fn, params, X)
+        if when is True:
+            return layout, jax.jit(af.value_and_grad(loss_fn, layout))(params, X)
+        run = jax.jit(lambda p, x, when: af.value_and_grad(loss_fn, layout, when=when)(p, x))
+        nothing = run(params, X, False)[2]
+        assert not any(np.any(part) for part in jax.tree.leaves(nothing))
+        return layout, run(params, X, True)
+
+    with_bias = forward is of_outputs
+    wanted = found(lambda w, b, x: x @ w + b if with_bias else x @ w)
+    assert wanted[0].layers[0].bias is not None if with_bias else wanted[0].layers[0].bias is None
+    layout, values = found(forward)
+    assert layout == wanted[0]
+    assert_equal(values, wanted[1])
+
+
+def test_inputs_of_ranges_may_differ():
+    """As of the queries and of the keys of a cross-attention."""
+
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin(x @ params["w"][:, :3])) + jnp.sum(
+            jnp.cos(2 * x @ params["w"][:, 3:])
+        )
+
+    params = {"w": RNG.normal(size=(4, 9))}
+    _, (_, _, factors) = captured(loss_fn, params, X)
+    (factor,) = factors.values()
+    np.testing.assert_allclose(factor.rows, 5)
+    np.testing.assert_allclose(factor.mean[:, 0], np.mean(X, 0) * (3 / 9 + 2 * 6 / 9))
+    np.testing.assert_allclose(factor.h[:, 0], np.mean(X**2, 0) * (3 / 9 + 4 * 6 / 9))
+    w = params["w"]
+    cotangents = [np.cos(X @ w[:, :3]), -np.sin(2 * X @ w[:, 3:])]
+    np.testing.assert_allclose(factor.s[0], np.mean(np.concatenate(cotangents, 1) ** 2, 0))
+
+
+def test_entries_that_are_in_no_range_have_no_part():
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin(x[:, :3] @ params["w"][:3]))
+
+    _, (_, _, factors) = captured(loss_fn, {"w": RNG.normal(size=(4, 4))}, X)
+    (factor,) = factors.values()
+    np.testing.assert_allclose(factor.rows, 5)
+    np.testing.assert_allclose(factor.h[:, 0], [*np.mean(X[:, :3] ** 2, 0), 0])
+
+
+def test_a_range_that_is_used_twice_has_the_rows_of_both():
+    def loss_fn(params, x):
+        some = params["w"][:, 1:][:, :2]
+        return jnp.sum(jnp.sin(x @ some)) + jnp.sum(jnp.sin(3 * x @ params["w"][:, 1:3]))
+
+    w = RNG.normal(size=(4, 8))
+    _, (_, _, factors) = captured(loss_fn, {"w": w}, X)
+    (factor,) = factors.values()
+    np.testing.assert_allclose(factor.rows, 10)
+    np.testing.assert_allclose(factor.h[:, 0], np.mean(X**2, 0) * (1 + 9) / 2)
+    cotangents = np.concatenate([np.cos(X @ w[:, 1:3]), np.cos(3 * X @ w[:, 1:3])])
+    np.testing.assert_allclose(factor.s[0], [0, *np.mean(cotangents**2, 0), *[0] * 5])
+
+
+def test_lookups_in_a_range_of_a_table():
+    ids = np.array([0, 1, 1])
+    loss_fn = lambda params, ids: jnp.sum(jnp.sin(params["table"][:2][ids]))  # noqa: E731
+    layout = af.trace_layout(loss_fn, {"table": np.ones((8, 3))}, ids)
+    _, _, factors = af.value_and_grad(loss_fn, layout)({"table": np.ones((8, 3))}, ids)
+    (factor,) = factors.values()
+    np.testing.assert_allclose(factor.rows, 3)
+    np.testing.assert_allclose(factor.h[:, 0], [1 / 3, 2 / 3, *[0] * 6])
+
+
+def test_one_entry_of_a_strided_slice_is_a_slice():
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin(x @ params["w"][1::2][0]))
+
+    (one,) = af.trace_layout(loss_fn, {"w": RNG.normal(size=(3, 4, 4))}, X).layers
+    assert one.axes == ("stack0", "in0", "out0")
+
+
+def test_a_range_has_no_whole_factors():
+    loss_fn = lambda params, x: jnp.sum(jnp.sin(x @ params["w"][:, :3]))  # noqa: E731
+    params = {"w": RNG.normal(size=(4, 4))}
+    layout = af.trace_layout(loss_fn, params, X)
+    with pytest.raises(
+        ValueError, match=r"the layer '' is used in parts .*leave it out of `paths`"
+    ):
+        af.diagnostics.full_factors(loss_fn, layout)(params, X)

@@ -30,6 +30,7 @@ LAYERS = {
         make_layer("batch", "dense", (2, 3, 4), "batch0 in0 out0", "batch0 out0"),
         make_layer("elements", "dense", (4,), "batch0"),
         make_layer("stacks", "dense", (2, 3, 3, 4), "stack0 in0 stack1 out0", "stack0 stack1 out0"),
+        make_layer("vector", "dense", (3,), "in0", ""),
         make_layer("norm", "norm", (5,), "out0", "out0"),
         make_layer("no_shift", "norm", (5,), "out0"),
         make_layer("stacked_norm", "norm", (2, 5), "stack0 out0", "stack0 out0"),

@@ -131,7 +131,7 @@ def _by_element(eqn: core.JaxprEqn, x: Origin, i: int) -> bool:
     summed, shared = (), ()
     if eqn.primitive.name == "dot_general":
         summed, shared = (axes[i] for axes in eqn.params["dimension_numbers"])
-        copied |= {axis for axis in x.extended if axis not in (*summed, *shared)}
+    copied |= {axis for axis in x.extended if axis not in (*summed, *shared)}
     return x.varied and bool(copied if x.multiplied else copied - {*shared})
 
 

@@ -290,6 +290,21 @@ def test_what_is_added_to_data_is_data_whatever_the_batch_is(batch):
     assert_rows(factors[""], [rows], [cotangents(rows @ params["w"])])
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_masked_kernel_is_a_weight_whatever_the_batch_is(batch):
+    mask = np.arange(9).reshape(3, 3)[..., None, None] % 2
+
+    def loss_fn(params, x):
+        kernel, numbers = params["kernel"] * mask, ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(
+            x + params["positions"], kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        return loss_of(y)
+
+    params = {"kernel": real(3, 3, 2, 3), "positions": real(4, 4, 2)}
+    assert listed(loss_fn, params, real(batch, 4, 4, 2)) == {"positions": COMPUTED}
+
+
 def test_several_uses_add_their_rows():
     params = MAP | {"b": real(3)}
 

@@ -31,7 +31,9 @@ def _bias_axes(
 ) -> tuple[tuple[int, int], ...] | None:
     """Pairs the axes of a bias longer than one with those of the weight; None if it is no bias."""
     weight, outputs = product.weight, product.linear.outputs
-    slices = [[(s.by, s.inner) for s in x.sliced] for x in (weight, bias)]
+    slices = [
+        [(s.by, s.inner) for s in x.sliced if not isinstance(s.by, range)] for x in (weight, bias)
+    ]
     if output.sliced or bias.frozen != weight.frozen or slices[0] != slices[1]:
         return None
     if product.linear.kind == "embedding":
@@ -58,4 +60,7 @@ def _bias_axes(
                 return None
             if matched.setdefault(mine.axis, its.axis) != its.axis:
                 return None
+    pairs = [*matched.items(), *zip(bias.stacks, weight.stacks, strict=False)]
+    if any(bias.range_of(mine) != weight.range_of(its) for mine, its in pairs):
+        return None
     return tuple(sorted(matched.items()))

@@ -53,6 +53,8 @@ def multiply(
         weights = {i: x for i, x in both.items() if (x.source, x.alone) in known}
         if last and len(weights) != 1:
             weights = {i: x for i, x in both.items() if not x.alone}
+        if len({x.source for x in both.values()}) == 1 and any(x.ranges for x in both.values()):
+            weights = {}  # as in a penalty on a weight
     if len(weights) == 1:
         ((i, weight),) = weights.items()
         linear = _read(eqn, i)

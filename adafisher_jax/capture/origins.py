@@ -104,6 +104,10 @@ class Origin:
         """The axes of the source that were cut to a range, and not sliced away."""
         return {s.axis for s in self.sliced if isinstance(s.by, range)} - {*self.stacks}
 
+    def range_of(self, axis: int) -> list[Any]:
+        """The ranges to which an axis of the source was cut, in order."""
+        return [s.by for s in self.sliced if s.axis == axis and isinstance(s.by, range)]
+
     def cut(self, axis: int, entries: range) -> "Origin | None":
         """Returns the origin of the array with some neighbouring entries along `axis`."""
         if self.lost or len(self.axes[axis]) > 1:

@@ -110,7 +110,6 @@ class _Threading:
         self.completions = completions
         self.statistic = statistic
         self.conditional = conditional
-        self.in_ranges = _in_ranges(completion.carrier for completion in completions.values())
         self.needed: dict[tuple[Place, int], dict[Carrier, None]] = {}  # in order
         for place, completion in completions.items():
             for depth in range(1, len(place)):
@@ -138,7 +137,7 @@ class _Threading:
         self, eqn: core.JaxprEqn, completion: Completion, shadows: dict[Carrier, Vars]
     ) -> list[core.JaxprEqn]:
         """Returns the tap, after equations that give the probe the form of the parameter."""
-        slices = self._take(completion.carrier, shadows)
+        slices = _take(completion.carrier, shadows)
         probe, moves = _formed(shadows[completion.carrier], completion)
         if completion.linear is not None:
             product, tap = _on_output(eqn, completion.linear, probe)
@@ -166,7 +165,7 @@ class _Threading:
         outer = {c: shadows[c] for c in whole}
         moves: list[core.JaxprEqn] = []
         for carrier in sliced:
-            moves += self._take(carrier.before, shadows)
+            moves += _take(carrier.before, shadows)
             outer[carrier], moved = _sliced_first(shadows[carrier.before], carrier.sliced)
             moves += moved
         avals = {c: [var.aval for var in outer[c]] for c in whole}
@@ -191,53 +190,6 @@ class _Threading:
         for key, value in _of_unspecified_input(eqn).items():
             params[key] = (*params[key], *(value,) * extra)
         return [*moves, eqn.replace(invars=operands, params=_with_bodies(params, programs))]
-
-    def _take(self, carrier: Carrier, shadows: dict[Carrier, Vars]) -> list[core.JaxprEqn]:
-        """Adds the probe of a carrier with slices taken alone to `shadows`; returns the equations.
-
-        The product with a range of a weight is a part of the product with the whole weight, whose
-        other inputs, or output cotangents, are zero. Statistics without the axis count by the share
-        of the range, so that all ranges together count as one product.
-        """
-        if carrier in shadows:
-            return []
-        before = self._take(carrier.before, shadows)
-        (*earlier, last), probe = carrier.sliced, shadows[carrier.before]
-        by, axis, rank = last.by, _axis(carrier.sliced), _rank(probe)
-        sizes: list[Any] = [var.aval for var in probe]
-        size = max(aval.shape[axis] for aval in sizes)
-        again = any(s.axis == last.axis and isinstance(s.by, range) for s in earlier)
-        used = size if again else self.in_ranges.get((carrier.source, last.axis), size)
-
-        def one(part: jax.Array) -> jax.Array:
-            if isinstance(by, range):
-                if part.shape[axis] == size:
-                    return jax.lax.slice_in_dim(part, by.start, by.stop, axis=axis)
-                return part * (len(by) / used)
-            assert isinstance(by, int)
-            return jax.lax.index_in_dim(_first(carrier.sliced, rank, part), by, keepdims=False)
-
-        shadows[carrier], eqns = _applied(one, probe)
-        return [*before, *eqns]
-
-
-def _in_ranges(carriers: Iterable[Carrier]) -> dict[tuple[int, int], int]:
-    """Returns how many entries all ranges of an axis have together, if all uses are of ranges.
-
-    The keys are the position of the parameter and the axis.
-    """
-    uses: dict[int, list[dict[int, range]]] = {}
-    for carrier in carriers:
-        own: dict[int, range] = {}
-        for s in carrier.sliced:
-            if isinstance(s.by, range):
-                own[s.axis] = own[s.axis][s.by.start : s.by.stop] if s.axis in own else s.by
-        uses.setdefault(carrier.source, []).append(own)
-    return {
-        (source, axis): len(set().union(*(own[axis] for own in found)))
-        for source, found in uses.items()
-        for axis in set.intersection(*map(set, found))
-    }
 
 
 def _on_output(
@@ -285,6 +237,31 @@ def _rank(probe: Vars) -> int:
 def _sliced_first(probe: Vars, sliced: tuple[Slice, ...]) -> tuple[Vars, list[core.JaxprEqn]]:
     """Returns the parts of a probe with what is sliced last as their first axis, and equations."""
     return _applied(functools.partial(_first, sliced, _rank(probe)), probe)
+
+
+def _take(carrier: Carrier, shadows: dict[Carrier, Vars]) -> list[core.JaxprEqn]:
+    """Adds the probe of a carrier with slices taken alone to `shadows`; returns the equations.
+
+    The product with a range of a weight is a part of the product with the whole weight, whose other
+    inputs, or output cotangents, are zero. So statistics without the axis stay as they are.
+    """
+    if carrier in shadows:
+        return []
+    before = _take(carrier.before, shadows)
+    probe, by = shadows[carrier.before], carrier.sliced[-1].by
+    rank, axis = _rank(probe), _axis(carrier.sliced)
+    sizes: list[Any] = [var.aval for var in probe]
+    whole = max(aval.shape[axis] for aval in sizes)
+
+    def one(part: jax.Array) -> jax.Array:
+        if isinstance(by, range):
+            own = part.shape[axis] == whole
+            return jax.lax.slice_in_dim(part, by.start, by.stop, axis=axis) if own else part
+        assert isinstance(by, int)
+        return jax.lax.index_in_dim(_first(carrier.sliced, rank, part), by, keepdims=False)
+
+    shadows[carrier], eqns = _applied(one, probe)
+    return [*before, *eqns]
 
 
 def _axis(sliced: tuple[Slice, ...]) -> int:

@@ -348,7 +348,11 @@ def _describing(found: list[_Found]) -> list[_Found]:
         free = layer.bias is None
         return dataclasses.replace(named, bias=with_bias.bias) if same and free else layer
 
-    return [f if f.mark else f._replace(layer=like(f.layer)) for f in found]
+    # One range with a bias does not speak for the others.
+    fixed = [f.mark or bool(f.origin.ranges) for f in found]
+    return [
+        f if own else f._replace(layer=like(f.layer)) for f, own in zip(found, fixed, strict=True)
+    ]
 
 
 def _attends(layer: Layer) -> bool:

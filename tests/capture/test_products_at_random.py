@@ -256,9 +256,9 @@ class Maker:
 
 
 class Unrolling(Maker):
-    """Makes loops of Python's too, over layers and over ranges of a weight."""
+    """Makes loops of Python's too."""
 
-    around = (*Maker.around, "unrolled", "unrolled", "ranges")
+    around = (*Maker.around, "unrolled", "unrolled")
 
     def convolution(self, n, m, stack, depth):
         """With several outputs in each group.
@@ -277,31 +277,6 @@ class Unrolling(Maker):
             return functools.reduce(jnp.add, outs)
 
         return inner, both
-
-    def ranges(self, n, m, stack, _):
-        """To an array of features by heads, each weight in ranges of its outputs, then back."""
-        size, heads = int(self.rng.integers(2, 4)), int(self.rng.integers(4, 7))
-        cut = int(self.rng.integers(2, heads - 1))
-        seen_with_heads = self.rng.random() < 0.5
-
-        def to(x, w):
-            w = w.reshape(n, heads, size) if seen_with_heads else w
-            parts = (w[:, :cut], w[:, cut:])
-            if seen_with_heads:
-                return jnp.concatenate(
-                    [jnp.einsum("...i,inh->...nh", x, part) for part in parts], -2
-                ).reshape(*x.shape[:-1], heads * size)
-            return jnp.concatenate([x @ part for part in parts], -1)
-
-        def back(x, w):
-            return x[..., :cut] @ w[:cut] + x[..., cut:] @ w[cut:]
-
-        def both(mode, p, x):
-            y = jnp.tanh(mode.product(to, x, p["to"], (0,)))
-            return mode.product(back, y, p["back"], (0,))
-
-        first, second = self.array(*stack, n, heads * size), self.array(*stack, heads * size, m)
-        return {"to": first, "back": second}, both
 
 
 def _like(y, x):

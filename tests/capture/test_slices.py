@@ -299,7 +299,7 @@ def test_every_rule_steps_slices_as_the_slices_of_a_loop(rule):
     assert_equal(after(in_turn(layer)), after(scanned))
 
 
-# Products with ranges of one weight are parts of the product with all of it.
+# A product with a range of a weight is one with all of it, and with zeros elsewhere.
 
 
 def of_outputs(w, b, x):
@@ -352,30 +352,30 @@ def inside_a_loop(w, b, x):
     return lax.scan(jax.checkpoint(step), None, x)[1]
 
 
+# Of how many products the weight's is, and in how many of them an input, and an output, has a part.
+RANGES = {
+    of_outputs: (3, 3, 1),
+    of_outputs_without_bias: (2, 2, 1),
+    of_inputs: (2, 1, 2),
+    of_both: (4, 2, 2),
+    of_the_transposed: (2, 2, 1),
+    of_heads: (3, 3, 1),
+    of_several_heads: (2, 2, 1),
+    of_ranges: (3, 3, 1),
+    inside_a_loop: (2, 2, 1),
+}
+
+
 @pytest.mark.parametrize("when", [True, "traced"])
-@pytest.mark.parametrize(
-    "forward",
-    [
-        of_outputs,
-        of_outputs_without_bias,
-        of_inputs,
-        of_both,
-        of_the_transposed,
-        of_heads,
-        of_several_heads,
-        of_ranges,
-        inside_a_loop,
-    ],
-)
-def test_ranges_of_a_weight_count_as_the_weight(forward, when):
+@pytest.mark.parametrize("forward", RANGES)
+def test_ranges_of_a_weight_are_uses_of_the_weight(forward, when):
     params = {"w": RNG.normal(size=(4, 12)), "b": RNG.normal(size=12)}
     weights = RNG.normal(size=(5, 12))
 
-    def loss_of(forward):
-        return lambda params, x: jnp.sum(jnp.tanh(forward(params["w"], params["b"], x)) * weights)
-
     def found(forward):
-        loss_fn = loss_of(forward)
+        def loss_fn(params, x):
+            return jnp.sum(jnp.tanh(forward(params["w"], params["b"], x)) * weights)
+
         layout = af.trace_layout(loss_fn, params, X)
         if when is True:
             return layout, jax.jit(af.value_and_grad(loss_fn, layout))(params, X)
@@ -385,30 +385,72 @@ def test_ranges_of_a_weight_count_as_the_weight(forward, when):
         return layout, run(params, X, True)
 
     with_bias = forward is of_outputs
-    wanted = found(lambda w, b, x: x @ w + b if with_bias else x @ w)
-    assert wanted[0].layers[0].bias is not None if with_bias else wanted[0].layers[0].bias is None
+    wanted_layout, wanted = found(lambda w, b, x: x @ w + b if with_bias else x @ w)
+    assert (wanted_layout.layers[0].bias is not None) == with_bias
+    products, of_input, of_output = RANGES[forward]
+    h, s, rows, mean = wanted[2][""]
+    h, mean = (part * of_input / products for part in (h, mean))
+    factor = af.Factor(h, s * of_output / products, rows * products, mean)
     layout, values = found(forward)
-    assert layout == wanted[0]
-    assert_equal(values, wanted[1])
+    assert layout == wanted_layout
+    assert_equal(values, (*wanted[:2], {"": factor}))
 
 
 def test_inputs_of_ranges_may_differ():
     """As of the queries and of the keys of a cross-attention."""
 
     def loss_fn(params, x):
-        return jnp.sum(jnp.sin(x @ params["w"][:, :3])) + jnp.sum(
-            jnp.cos(2 * x @ params["w"][:, 3:])
-        )
+        keys = jnp.sum(jnp.cos(2 * x[:2] @ params["w"][:, 3:]))
+        return jnp.sum(jnp.sin(x @ params["w"][:, :3])) + keys
 
-    params = {"w": RNG.normal(size=(4, 9))}
-    _, (_, _, factors) = captured(loss_fn, params, X)
+    w = RNG.normal(size=(4, 9))
+    _, (_, _, factors) = captured(loss_fn, {"w": w}, X)
     (factor,) = factors.values()
-    np.testing.assert_allclose(factor.rows, 5)
-    np.testing.assert_allclose(factor.mean[:, 0], np.mean(X, 0) * (3 / 9 + 2 * 6 / 9))
-    np.testing.assert_allclose(factor.h[:, 0], np.mean(X**2, 0) * (3 / 9 + 4 * 6 / 9))
-    w = params["w"]
-    cotangents = [np.cos(X @ w[:, :3]), -np.sin(2 * X @ w[:, 3:])]
-    np.testing.assert_allclose(factor.s[0], np.mean(np.concatenate(cotangents, 1) ** 2, 0))
+    inputs = np.concatenate([X, 2 * X[:2]])
+    np.testing.assert_allclose(factor.rows, 7)
+    np.testing.assert_allclose(factor.mean[:, 0], np.mean(inputs, 0))
+    np.testing.assert_allclose(factor.h[:, 0], np.mean(inputs**2, 0))
+    cotangents = [np.cos(X @ w[:, :3]), -np.sin(2 * X[:2] @ w[:, 3:])]
+    np.testing.assert_allclose(
+        factor.s[0], np.concatenate([np.sum(one**2, 0) for one in cotangents]) / 7
+    )
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda w, b, x: [x @ w[:, :4] + b[:4], x @ w[:, 4:6] + b[6:], x @ w[:, 6:] + b[4:6]],
+        lambda w, b, x: [x @ w[:, :4] + b[:4], x @ w[:, 4:]],
+        lambda w, b, x: [x @ w[:, :4] + b[4:], x @ w[:, 4:] + b[:4]],
+        lambda w, b, x: [x[:, 1:] @ w[1:, 1:3] + b[1:4][1:3]],
+    ],
+)
+def test_a_bias_in_other_ranges_than_its_weight_is_none(forward):
+    def loss_fn(params, x):
+        return jnp.sum(jnp.sin(jnp.concatenate(forward(params["w"], params["b"], x), 1)))
+
+    layout = af.trace_layout(loss_fn, {"w": RNG.normal(size=(4, 8)), "b": RNG.normal(size=8)}, X)
+    assert [row.leaf.path for row in layout.uncovered] == ["b"]
+
+
+def test_a_bias_of_other_layers_of_the_stack_is_none():
+    def loss_fn(params, x):
+        p = {"w": params["w"][1:], "b": params["b"][:2]}
+        return jnp.sum(scanned(p, x))
+
+    assert [row.leaf.path for row in af.trace_layout(loss_fn, PARAMS, X).uncovered] == ["b"]
+
+
+def test_a_penalty_on_ranges_is_no_use():
+    def loss_fn(params, x):
+        w = params["w"]
+        y = jnp.concatenate([x @ w[:, :3], x @ w[:, 3:]], 1)
+        return jnp.sum(jnp.sin(y)) + jnp.sum((w[:, :3].T @ w) ** 2 + jnp.sum(w[:, :3].T @ w[:, 3:]))
+
+    _, (_, _, factors) = captured(loss_fn, {"w": RNG.normal(size=(4, 6))}, X)
+    (factor,) = factors.values()
+    np.testing.assert_allclose(factor.rows, 10)
+    np.testing.assert_allclose(factor.h[:, 0], np.mean(X**2, 0))
 
 
 def test_entries_that_are_in_no_range_have_no_part():
@@ -435,14 +477,19 @@ def test_a_range_that_is_used_twice_has_the_rows_of_both():
     np.testing.assert_allclose(factor.s[0], [0, *np.mean(cotangents**2, 0), *[0] * 5])
 
 
-def test_lookups_in_a_range_of_a_table():
+def test_lookups_in_ranges_of_a_table():
     ids = np.array([0, 1, 1])
-    loss_fn = lambda params, ids: jnp.sum(jnp.sin(params["table"][:2][ids]))  # noqa: E731
-    layout = af.trace_layout(loss_fn, {"table": np.ones((8, 3))}, ids)
-    _, _, factors = af.value_and_grad(loss_fn, layout)({"table": np.ones((8, 3))}, ids)
+
+    def loss_fn(params, ids):
+        table = params["table"]
+        return jnp.sum(jnp.sin(table[:2][ids])) + jnp.sum(jnp.sin(table[2:][ids[:2]]))
+
+    params = {"table": np.ones((8, 3))}
+    layout = af.trace_layout(loss_fn, params, ids)
+    _, _, factors = af.value_and_grad(loss_fn, layout)(params, ids)
     (factor,) = factors.values()
-    np.testing.assert_allclose(factor.rows, 3)
-    np.testing.assert_allclose(factor.h[:, 0], [1 / 3, 2 / 3, *[0] * 6])
+    np.testing.assert_allclose(factor.rows, 5)
+    np.testing.assert_allclose(factor.h[:, 0], np.array([1, 2, 1, 1, 0, 0, 0, 0]) / 5)
 
 
 def test_one_entry_of_a_strided_slice_is_a_slice():

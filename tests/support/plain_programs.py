@@ -266,6 +266,5 @@ def check(program, params, *data, covered=1.0, rtol=1e-9, kinds=None):
                 err_msg=f"{path} {name}\n{layout}",
             )
         rows = np.broadcast_to(np.reshape(found.rows, layer.stack_shape), want.rows.shape)
-        # Shares of ranges of a weight add up to rounding.
-        np.testing.assert_allclose(rows, want.rows, rtol=1e-15, err_msg=f"{path} rows")
+        np.testing.assert_array_equal(rows, want.rows, err_msg=f"{path} rows")
     return layout

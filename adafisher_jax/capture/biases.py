@@ -31,9 +31,7 @@ def _bias_axes(
 ) -> tuple[tuple[int, int], ...] | None:
     """Pairs the axes of a bias longer than one with those of the weight; None if it is no bias."""
     weight, outputs = product.weight, product.linear.outputs
-    slices = [
-        [(s.by, s.inner) for s in x.sliced if not isinstance(s.by, range)] for x in (weight, bias)
-    ]
+    slices = [[(s.by, s.inner) for s in x.away] for x in (weight, bias)]
     if output.sliced or bias.frozen != weight.frozen or slices[0] != slices[1]:
         return None
     if product.linear.kind == "embedding":

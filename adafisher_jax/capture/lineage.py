@@ -161,7 +161,8 @@ def _follow(jaxpr: core.Jaxpr, inputs: Origins, found: Found, around: _Around) -
                 outputs = [x or computed_from(operands, COMPUTED) for x in settled(outputs)]
         elif name in products.READERS:
             refuse_looked_up_weights(operands, found)
-            of_use = here.place, around.inside, here.derived, here.forward
+            written = here.forward and eqn.source_info.traceback
+            of_use = here.place, around.inside, here.derived, written
             uses, output = multiply(eqn, operands, around.weights, around.last, *of_use)
             found += uses
             outputs = [output]

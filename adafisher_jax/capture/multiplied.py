@@ -31,7 +31,7 @@ def multiply(
     place: Place,
     inside: tuple[str, ...],
     derived: bool,
-    forward: bool,
+    written: Any,
 ) -> tuple[Found, Origin | None]:
     """Returns the uses of parameters in a product, and the origin of its output.
 
@@ -44,7 +44,7 @@ def multiply(
       place: the place of the equation.
       inside: as in `Product`.
       derived: as in `Product`.
-      forward: whether a forward derivative inside the loss made the product.
+      written: as in `Product`.
     """
     parameters = _parameters(operands[:2])
     both = {i: x for i, x in parameters.items() if not _by_element(eqn, x, i)}
@@ -72,8 +72,7 @@ def multiply(
         aval: Any = eqn.outvars[0].aval
         output = Origin(place, pieces.whole(aval.shape), frozen=weight.frozen)
         inputs = [x for j, x in both.items() if j != i]
-        written, learned = forward and eqn.source_info.traceback, bool(inputs)
-        product = Product(linear, weight, place, inside, derived, written, learned)
+        product = Product(linear, weight, place, inside, derived, written, bool(inputs))
         return [product, *_of_parameters(inputs, place)], output
     if both:
         return _of_parameters(both.values(), place), computed_from(operands, OF_PARAMETERS)

@@ -84,9 +84,14 @@ class Origin:
         return any(map(pieces.repeated, self.axes))
 
     @property
+    def away(self) -> list[Slice]:
+        """Those of `sliced` that took entries away one at a time, which ranges do not."""
+        return [s for s in self.sliced if not isinstance(s.by, range)]
+
+    @property
     def stacks(self) -> dict[Any, str]:
         """The names of the axes that were sliced away."""
-        axes = dict.fromkeys(s.axis for s in self.sliced if not isinstance(s.by, range))
+        axes = dict.fromkeys(s.axis for s in self.away)
         return {axis: f"stack{i}" for i, axis in enumerate(axes)}
 
     @property

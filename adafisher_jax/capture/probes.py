@@ -317,12 +317,12 @@ def _applied(
     """Returns the parts of a probe after a function, and the equations of the function."""
     of_all = jax.make_jaxpr(lambda *parts: [function(part) for part in parts])
     program = of_all(*(var.aval for var in probe)).jaxpr
-    new: dict[Any, core.Var] = dict(zip(program.invars, probe, strict=True))
+    new = dict(zip(program.invars, probe, strict=True))
     eqns = []
     for eqn in program.eqns:
         new |= {out: core.Var(out.aval) for out in eqn.outvars}
-        invars = [v if isinstance(v, core.Literal) else new[v] for v in eqn.invars]
-        eqns.append(eqn.replace(invars=invars, outvars=[new[v] for v in eqn.outvars]))
+        invars, outvars = ([new.get(v, v) for v in side] for side in (eqn.invars, eqn.outvars))
+        eqns.append(eqn.replace(invars=invars, outvars=outvars))
     return [new[v] for v in program.outvars], eqns
 
 

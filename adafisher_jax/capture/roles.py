@@ -14,8 +14,7 @@ def named_axes(inner: Axes, origin: Origin, rank: int) -> Axes | None:
     if all(len(axis) == 1 and axis[0].inner == 1 for axis in origin.axes):
         names = {axis[0].axis: name for axis, name in zip(origin.axes, inner, strict=True)}
         names |= origin.stacks
-        sliced = [s for s in origin.sliced if not isinstance(s.by, range)]
-        if len(names) == rank == len(origin.axes) + len(sliced):
+        if len(names) == rank == len(origin.axes) + len(origin.away):
             return tuple(names[axis] for axis in range(rank))
     return source_axes(inner, origin, rank)
 

@@ -349,10 +349,7 @@ def _describing(found: list[_Found]) -> list[_Found]:
         return dataclasses.replace(named, bias=with_bias.bias) if same and free else layer
 
     # One range with a bias does not speak for the others.
-    fixed = [f.mark or bool(f.origin.ranges) for f in found]
-    return [
-        f if own else f._replace(layer=like(f.layer)) for f, own in zip(found, fixed, strict=True)
-    ]
+    return [f if f.mark or f.origin.ranges else f._replace(layer=like(f.layer)) for f in found]
 
 
 def _attends(layer: Layer) -> bool:
